@@ -1,0 +1,6 @@
+//! Networks: how they are described ([`spec`]), how they lie in files ([`checkpoint`], [`source`]), and how they run on
+//! libtorch ([`network`]). This module knows nothing of synthesis.
+
+pub mod checkpoint;
+pub mod source;
+pub mod spec;
