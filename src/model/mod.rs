@@ -2,5 +2,7 @@
 //! libtorch ([`network`]). This module knows nothing of synthesis.
 
 pub mod checkpoint;
+pub mod network;
+pub mod pixels;
 pub mod source;
 pub mod spec;

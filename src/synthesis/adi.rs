@@ -1,0 +1,210 @@
+//! DeepInversion on pixels, adaptive as soon as there is a student (Yin et al. 2020, §3.2 to 3.4).
+
+use std::time::Instant;
+
+use rand::RngExt;
+use rand_chacha::ChaCha8Rng;
+use tch::{Kind, Tensor};
+
+use super::objective::{self, Gradients, LossReport};
+use super::settings::{Schedule, Settings};
+use super::{Flow, StepReport, Surroundings, SynthesisError, Teacher};
+use crate::model::network::FrozenNetwork;
+
+/// The loss is read, which waits for the device, at every step whose index is a multiple of this, and at the last.
+pub const REPORT_EVERY: u32 = 10;
+
+/// Adam (Kingma & Ba 2015) on one tensor.
+#[derive(Debug)]
+struct Adam {
+    betas: [f64; 2],
+    first: Tensor,
+    second: Tensor,
+    steps: i32,
+}
+
+impl Adam {
+    fn new(x: &Tensor, betas: [f64; 2]) -> Self {
+        Self { betas, first: x.zeros_like(), second: x.zeros_like(), steps: 0 }
+    }
+
+    fn step(&mut self, x: &mut Tensor, gradient: &Tensor, learning_rate: f64) {
+        self.steps += 1;
+        let [beta1, beta2] = self.betas;
+        let _ = self.first.lerp_(gradient, 1.0 - beta1);
+        let _ = self.second.lerp_(&gradient.square(), 1.0 - beta2);
+        let correction1 = 1.0 - beta1.powi(self.steps);
+        let correction2 = 1.0 - beta2.powi(self.steps);
+        let denominator = (self.second.sqrt() / correction2.sqrt() + 1e-8) * (-correction1 / learning_rate);
+        let _ = x.addcdiv_(&self.first, &denominator);
+    }
+}
+
+/// The factor on the learning rate at `step` of `steps`.
+pub fn schedule_factor(schedule: Schedule, step: u32, steps: u32) -> f64 {
+    let cosine = |done: f64| 0.5 * (1.0 + (std::f64::consts::PI * done).cos());
+    let (step, steps) = (f64::from(step), f64::from(steps.max(1)));
+    match schedule {
+        Schedule::Constant => 1.0,
+        Schedule::Cosine => cosine(step / steps),
+        Schedule::WarmupCosine => {
+            let warmup = (steps * 0.05).max(1.0);
+            if step < warmup { (step + 1.0) / warmup } else { cosine((step - warmup) / (steps - warmup).max(1.0)) }
+        }
+    }
+}
+
+/// The roll and mirror that a whole batch gets at one step. Both are permutations of pixels, so the gradient goes back
+/// through their inverse.
+#[derive(Clone, Copy, Debug)]
+struct Augmentation {
+    shift: [i64; 2],
+    mirrored: bool,
+}
+
+impl Augmentation {
+    fn draw(settings: &Settings, rng: &mut ChaCha8Rng) -> Self {
+        let reach = i64::from(settings.jitter);
+        Self {
+            shift: [rng.random_range(-reach..=reach), rng.random_range(-reach..=reach)],
+            mirrored: settings.flip && rng.random_bool(0.5),
+        }
+    }
+
+    fn apply(self, x: &Tensor) -> Tensor {
+        let rolled = if self.shift == [0, 0] { x.shallow_clone() } else { x.roll(self.shift, [2, 3]) };
+        if self.mirrored { rolled.flip([3]) } else { rolled }
+    }
+
+    fn undo(self, gradient: &Tensor) -> Tensor {
+        let gradient = if self.mirrored { gradient.flip([3]) } else { gradient.shallow_clone() };
+        let [down, right] = self.shift;
+        if self.shift == [0, 0] { gradient } else { gradient.roll([-down, -right], [2, 3]) }
+    }
+}
+
+/// The gradient of one step's weighted loss with respect to the images as the networks see them, `[N, C, H, W]`, and
+/// the loss. `seen` are normalized images, `targets` their classes `[N]`.
+pub fn image_gradient(
+    teacher: &Teacher,
+    settings: &Settings,
+    seen: &Tensor,
+    targets: &Tensor,
+    student: Option<&FrozenNetwork>,
+) -> (Tensor, Gradients) {
+    let recorded = teacher.network.forward(seen, settings.r_feature_weight > 0.0);
+    // Without competition a student would be a forward and a backward pass for a gradient of zero.
+    let student = student.filter(|_| settings.compete_weight > 0.0).map(|net| (net, net.forward(seen, false)));
+    let loss = objective::evaluate(
+        settings,
+        seen,
+        targets,
+        &recorded.logits,
+        &recorded.statistics,
+        student.as_ref().map(|(_, recorded)| &recorded.logits),
+    );
+    let mut gradient = teacher.network.backward(recorded, &loss.teacher_logits, &loss.statistics);
+    if let (Some((network, recorded)), Some(logits)) = (student, &loss.student_logits) {
+        gradient += network.backward(recorded, logits, &[]);
+    }
+    if let Some(prior) = &loss.images {
+        gradient += prior;
+    }
+    (gradient, loss)
+}
+
+/// Images after their last step.
+pub(super) struct Optimized {
+    pub images: Tensor,
+    /// The newest student the images were optimized against; 0 = none.
+    pub student_version: u64,
+}
+
+/// Optimizes `[N, C, H, W]` normalized images in place of `images`, whose targets are `[N]`.
+pub(super) fn optimize(
+    teacher: &Teacher,
+    settings: &Settings,
+    mut images: Tensor,
+    targets: &Tensor,
+    rng: &mut ChaCha8Rng,
+    surroundings: &mut dyn Surroundings,
+) -> Result<Optimized, SynthesisError> {
+    let mut adam = Adam::new(&images, settings.betas);
+    let mut student_version = 0;
+    for step in 0..settings.iterations {
+        if surroundings.flow() == Flow::Stop {
+            return Err(SynthesisError::Stopped);
+        }
+        let began = Instant::now();
+        let augmentation = Augmentation::draw(settings, rng);
+        let seen = augmentation.apply(&images);
+
+        let student = surroundings.student();
+        student_version = student.map_or(student_version, |(_, version)| version);
+        let (gradient, loss) = image_gradient(teacher, settings, &seen, targets, student.map(|(net, _)| net));
+        let rate = settings.learning_rate * schedule_factor(settings.schedule, step, settings.iterations);
+        tch::no_grad(|| {
+            adam.step(&mut images, &augmentation.undo(&gradient).contiguous(), rate);
+            if settings.clip {
+                teacher.pixels.clip(&mut images);
+            }
+        });
+
+        let last = step + 1 == settings.iterations;
+        let losses = (step % REPORT_EVERY == 0 || last).then(|| loss.report());
+        let finite = losses.as_ref().is_none_or(LossReport::is_finite)
+            && (!last || images.isfinite().all().int64_value(&[]) == 1);
+        surroundings.step_done(StepReport { step, elapsed: began.elapsed(), student_version, losses });
+        if !finite {
+            return Err(SynthesisError::NotFinite { step });
+        }
+    }
+    Ok(Optimized { images, student_version })
+}
+
+/// Where optimization starts: standard normal noise in normalized space, `[N, C, H, W]`.
+pub(super) fn initial_noise(teacher: &Teacher, count: usize) -> Tensor {
+    let g = teacher.geometry;
+    let size = [count as i64, g.channels as i64, g.height as i64, g.width as i64];
+    // Always drawn on the CPU, so that one seed means the same images on every device.
+    Tensor::randn(size, (Kind::Float, tch::Device::Cpu)).to_device(teacher.device()).to_kind(teacher.kind())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rand::SeedableRng;
+
+    #[test]
+    fn augmentation_is_undone_exactly() {
+        let settings = Settings { jitter: 3, flip: true, ..Settings::preset("cifar10").unwrap() };
+        let mut rng = ChaCha8Rng::seed_from_u64(7);
+        let x = Tensor::randn([2, 3, 8, 9], (Kind::Float, tch::Device::Cpu));
+        for _ in 0..20 {
+            let augmentation = Augmentation::draw(&settings, &mut rng);
+            assert_eq!(augmentation.undo(&augmentation.apply(&x)), x);
+        }
+    }
+
+    #[test]
+    fn schedules_start_and_end_where_they_should() {
+        assert_eq!(schedule_factor(Schedule::Constant, 1999, 2000), 1.0);
+        assert_eq!(schedule_factor(Schedule::Cosine, 0, 2000), 1.0);
+        assert!(schedule_factor(Schedule::Cosine, 1999, 2000) < 1e-5);
+        assert_eq!(schedule_factor(Schedule::WarmupCosine, 0, 2000), 0.01);
+        assert_eq!(schedule_factor(Schedule::WarmupCosine, 99, 2000), 1.0);
+        assert_eq!(schedule_factor(Schedule::WarmupCosine, 100, 2000), 1.0);
+        assert!(schedule_factor(Schedule::WarmupCosine, 1999, 2000) < 1e-5);
+    }
+
+    #[test]
+    fn adam_is_adam() {
+        // Values of torch.optim.Adam(lr=0.1) after two steps from 1.0 with gradients 0.5 and -0.25.
+        let mut x = Tensor::from_slice(&[1.0f64]);
+        let mut adam = Adam::new(&x, [0.9, 0.999]);
+        adam.step(&mut x, &Tensor::from_slice(&[0.5f64]), 0.1);
+        assert!((x.double_value(&[0]) - 0.900000002).abs() < 1e-12);
+        adam.step(&mut x, &Tensor::from_slice(&[-0.25f64]), 0.1);
+        assert!((x.double_value(&[0]) - 0.8733662987078463).abs() < 1e-12, "{}", x.double_value(&[0]));
+    }
+}

@@ -1,0 +1,217 @@
+//! The loss terms of DeepInversion, each a pure function of images, logits or batch-norm statistics.
+//!
+//! No state, no I/O, no network: a test can hold every term and its gradient against an independent computation. Terms
+//! are unweighted; [`Settings`] says how they are summed. Source: Yin et al., CVPR 2020 (arXiv 1912.08795), eqs. 2 to 8,
+//! and the published code where the paper leaves the form open.
+
+use tch::{Kind, Reduction, Tensor};
+
+use super::settings::{CompeteForm, REFERENCE_BATCH, Settings};
+use crate::model::network::{BatchStatistics, StatisticsGradient};
+
+/// Cross-entropy of the teacher's logits `[N, K]` with the target classes `[N]`, the batch's mean.
+pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Tensor {
+    logits.cross_entropy_loss(targets, None::<&Tensor>, Reduction::Mean, -100, 0.0)
+}
+
+/// The four one-pixel differences of total variation: horizontal, vertical and the two diagonals.
+fn differences(x: &Tensor) -> [Tensor; 4] {
+    let (h, w) = (x.size()[2], x.size()[3]);
+    let part = |top: i64, left: i64| x.narrow(2, top, h - 1).narrow(3, left, w - 1);
+    let (upper, lower) = (x.narrow(2, 0, h - 1), x.narrow(2, 1, h - 1));
+    let (left, right) = (x.narrow(3, 0, w - 1), x.narrow(3, 1, w - 1));
+    [left - right, upper - lower, part(0, 0) - part(1, 1), part(1, 0) - part(0, 1)]
+}
+
+/// Frobenius norm over a whole tensor.
+fn norm(x: &Tensor) -> Tensor {
+    x.norm()
+}
+
+fn sum(terms: impl IntoIterator<Item = Tensor>) -> Option<Tensor> {
+    terms.into_iter().reduce(|a, b| a + b)
+}
+
+/// Total variation l2 of images `[N, C, H, W]`: the sum of the Frobenius norms of the four differences over the whole
+/// batch, as published. It grows with the square root of N; [`batch_scale`] undoes that.
+pub fn tv_l2(x: &Tensor) -> Tensor {
+    let [a, b, c, d] = differences(x).map(|difference| norm(&difference));
+    a + b + c + d
+}
+
+/// Total variation l1 of images `[N, C, H, W]`: the sum of the mean absolute values of the four differences.
+pub fn tv_l1(x: &Tensor) -> Tensor {
+    let [a, b, c, d] = differences(x).map(|difference| difference.abs().mean(None));
+    a + b + c + d
+}
+
+/// The l2 norm of images `[N, C, H, W]` over the whole batch, as published for CIFAR. Grows like [`tv_l2`].
+pub fn l2(x: &Tensor) -> Tensor {
+    norm(x)
+}
+
+/// What makes [`tv_l2`] and [`l2`] mean the same at any batch size, and exactly the published terms at 256.
+pub fn batch_scale(batch_size: usize) -> f64 {
+    (REFERENCE_BATCH / batch_size as f64).sqrt()
+}
+
+/// R_feature (eq. 4): over all batch norms, the distance of the batch's mean from `running_mean` plus that of its
+/// variance from `running_var`. The first batch norm counts `first_bn_multiplier` times. Zero without batch norms.
+pub fn r_feature(statistics: &[BatchStatistics], first_bn_multiplier: f64) -> Option<Tensor> {
+    sum(statistics.iter().enumerate().map(|(index, s)| {
+        let distance = norm(&(&s.running_mean - &s.mean)) + norm(&(&s.running_var - &s.var));
+        if index == 0 { distance * first_bn_multiplier } else { distance }
+    }))
+}
+
+/// Jensen–Shannon divergence of teacher and student `[N]`, in nats, 0..ln 2, at a temperature. Of a student with more
+/// outputs than the teacher's K the first K count.
+pub fn js_divergence(teacher_logits: &Tensor, student_logits: &Tensor, temperature: f64) -> Tensor {
+    let log_q = (teacher_logits / temperature).log_softmax(1, None);
+    let log_p = (first_classes(student_logits, teacher_logits) / temperature).log_softmax(1, None);
+    let log_m = log_p.logaddexp(&log_q) - std::f64::consts::LN_2;
+    let kl = |log_a: &Tensor| (log_a.exp() * (log_a - &log_m)).sum_dim_intlist([1i64].as_slice(), false, None);
+    (kl(&log_p) + kl(&log_q)) * 0.5
+}
+
+fn first_classes(student_logits: &Tensor, teacher_logits: &Tensor) -> Tensor {
+    student_logits.narrow(1, 0, teacher_logits.size()[1])
+}
+
+/// R_compete (eq. 8), the batch's mean: `1 − JS(teacher, student)`.
+///
+/// [`CompeteForm::Reference`] is what the published code computes instead: probabilities (but not before their mean is
+/// taken) clamped to [0.01, 0.99], KL terms reversed, and the sum clamped to [0, 1]. It has no gradient once teacher and
+/// student disagree enough, nor for classes below one per cent.
+pub fn r_compete(teacher_logits: &Tensor, student_logits: &Tensor, temperature: f64, form: CompeteForm) -> Tensor {
+    match form {
+        CompeteForm::Js => js_divergence(teacher_logits, student_logits, temperature).mean(None).neg() + 1.0,
+        CompeteForm::Reference => {
+            let q = (teacher_logits / temperature).softmax(1, None);
+            let p = (first_classes(student_logits, teacher_logits) / temperature).softmax(1, None);
+            let m = (&p + &q) * 0.5;
+            let [p, q, m] = [p, q, m].map(|t| t.clamp(0.01, 0.99));
+            // KLDivLoss(log a, m) with batchmean is the mean over the batch of sum m (log m - log a).
+            let kl = |a: &Tensor| (&m * (m.log() - a.log())).sum(None) / teacher_logits.size()[0] as f64;
+            let js = (kl(&p) + kl(&q)) * 0.5;
+            js.clamp(0.0, 1.0).neg() + 1.0
+        }
+    }
+}
+
+/// The unweighted value of every term that took part, and their weighted sum.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
+pub struct LossReport {
+    /// The weighted sum.
+    pub total: f64,
+    /// Names (`cross_entropy`, `tv_l1`, `tv_l2`, `l2`, `r_feature`, `compete`) and unweighted values. `tv_l2` and `l2`
+    /// include [`batch_scale`].
+    pub terms: Vec<(&'static str, f64)>,
+}
+
+impl LossReport {
+    /// Whether the loss and all its terms are finite.
+    pub fn is_finite(&self) -> bool {
+        self.total.is_finite() && self.terms.iter().all(|(_, value)| value.is_finite())
+    }
+}
+
+/// The loss of one step and its gradients with respect to everything that depends on the images.
+#[derive(Debug)]
+pub struct Gradients {
+    /// With respect to the images through the image prior alone, `[N, C, H, W]`; absent without a prior.
+    pub images: Option<Tensor>,
+    /// With respect to the teacher's logits, `[N, K]`.
+    pub teacher_logits: Tensor,
+    /// With respect to the teacher's batch-norm statistics; empty where R_feature has no weight.
+    pub statistics: Vec<StatisticsGradient>,
+    /// With respect to the student's logits; absent without a student.
+    pub student_logits: Option<Tensor>,
+    total: Tensor,
+    terms: Vec<(&'static str, Tensor)>,
+}
+
+impl Gradients {
+    /// The values of the loss. Waits for the device.
+    pub fn report(&self) -> LossReport {
+        let names = self.terms.iter().map(|(name, _)| *name);
+        let values: Vec<Tensor> = std::iter::once(&self.total)
+            .chain(self.terms.iter().map(|(_, value)| value))
+            .map(|value| value.to_kind(Kind::Double))
+            .collect();
+        // One transfer rather than one a term.
+        let values: Vec<f64> = Vec::try_from(Tensor::stack(&values, 0)).unwrap_or_default();
+        LossReport {
+            total: values.first().copied().unwrap_or(f64::NAN),
+            terms: names.zip(values.into_iter().skip(1)).collect(),
+        }
+    }
+}
+
+/// The weighted loss of one step: images as the networks saw them, the teacher's logits, its statistics, and the
+/// student's logits where there is one.
+pub fn evaluate(
+    settings: &Settings,
+    images: &Tensor,
+    targets: &Tensor,
+    teacher_logits: &Tensor,
+    statistics: &[BatchStatistics],
+    student_logits: Option<&Tensor>,
+) -> Gradients {
+    // Small graphs over leaves of their own; the networks carry these gradients on to the images by hand.
+    let leaf = |t: &Tensor| t.detach().set_requires_grad(true);
+    let scale = batch_scale(images.size()[0] as usize);
+    let teacher_logits = leaf(teacher_logits);
+    let mut terms: Vec<(&'static str, f64, Tensor)> =
+        vec![("cross_entropy", settings.cross_entropy_weight, cross_entropy(&teacher_logits, targets))];
+
+    let prior = settings.tv_l1_weight > 0.0 || settings.tv_l2_weight > 0.0 || settings.l2_weight > 0.0;
+    let images = prior.then(|| leaf(images));
+    if let Some(x) = &images {
+        for (name, weight, term) in [
+            ("tv_l1", settings.tv_l1_weight, tv_l1 as fn(&Tensor) -> Tensor),
+            ("tv_l2", settings.tv_l2_weight, |x| tv_l2(x)),
+            ("l2", settings.l2_weight, |x| l2(x)),
+        ] {
+            if weight > 0.0 {
+                let value = term(x);
+                terms.push((name, weight, if name == "tv_l1" { value } else { value * scale }));
+            }
+        }
+    }
+
+    let statistics: Vec<BatchStatistics> = statistics
+        .iter()
+        .map(|s| BatchStatistics {
+            mean: leaf(&s.mean),
+            var: leaf(&s.var),
+            running_mean: s.running_mean.shallow_clone(),
+            running_var: s.running_var.shallow_clone(),
+        })
+        .collect();
+    if let Some(value) = r_feature(&statistics, settings.first_bn_multiplier) {
+        terms.push(("r_feature", settings.r_feature_weight, value));
+    }
+
+    let student_logits = student_logits.map(leaf);
+    if let Some(student) = &student_logits {
+        let value = r_compete(&teacher_logits, student, settings.compete_temperature, settings.compete_form);
+        terms.push(("compete", settings.compete_weight, value));
+    }
+
+    let weighted = terms.iter().map(|(_, weight, value)| value * *weight);
+    let total = sum(weighted).unwrap_or_else(|| teacher_logits.sum(None) * 0.0);
+    let mut leaves: Vec<&Tensor> = vec![&teacher_logits];
+    leaves.extend(&images);
+    leaves.extend(&student_logits);
+    leaves.extend(statistics.iter().flat_map(|s| [&s.mean, &s.var]));
+    let mut gradients = Tensor::run_backward(&[&total], &leaves, false, false).into_iter();
+
+    let mut next = || gradients.next().unwrap_or_default();
+    let teacher_gradient = next();
+    let images = images.map(|_| next());
+    let student_logits = student_logits.map(|_| next());
+    let statistics = statistics.iter().map(|_| StatisticsGradient { mean: next(), var: next() }).collect();
+    let terms = terms.into_iter().map(|(name, _, value)| (name, value.detach())).collect();
+    Gradients { images, teacher_logits: teacher_gradient, statistics, student_logits, total: total.detach(), terms }
+}
