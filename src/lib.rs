@@ -1,9 +1,20 @@
 //! Dreamfeed: a daemon that dreams training data.
 
+pub mod cli;
+pub mod client;
+pub mod config;
+pub mod engine;
+pub mod log;
 pub mod model;
+pub mod server;
+pub mod students;
 pub mod synthesis;
+pub mod telemetry;
 /// The contract.
 #[allow(missing_docs)]
 pub mod proto {
     tonic::include_proto!("dreamfeed.v1");
+
+    /// The compiled contract, for the reflection service.
+    pub const FILE_DESCRIPTOR_SET: &[u8] = tonic::include_file_descriptor_set!("dreamfeed.v1");
 }

@@ -1,4 +1,13 @@
-//! The `dreamfeed` binary.
-fn main() {
-    println!("{:?}", tch::Tensor::from_slice(&[1f32, 2.]).sum(tch::Kind::Float));
+//! The `dreamfeed` binary: parses, calls, prints.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    match dreamfeed::cli::run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
 }

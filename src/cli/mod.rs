@@ -1,0 +1,35 @@
+//! The command line: one file a subcommand, each with `Args` and `run`.
+
+pub mod serve;
+
+use clap::{Parser, Subcommand};
+
+/// Dreams training data out of a pretrained network, and streams it to those who train another.
+#[derive(Debug, Parser)]
+#[command(name = "dreamfeed", version, about, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Serve(Box<serve::Args>),
+}
+
+/// Parses the process's arguments and does what they say. Usage errors end the process with code 2.
+pub fn run() -> anyhow::Result<()> {
+    match Cli::parse().command {
+        Command::Serve(args) => serve::run(*args),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Cli::command().debug_assert();
+    }
+}

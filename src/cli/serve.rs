@@ -1,0 +1,40 @@
+//! `dreamfeed serve`: the daemon.
+
+use std::path::PathBuf;
+
+use tracing_subscriber::EnvFilter;
+
+use crate::config::{Config, ServeOptions};
+use crate::{server, telemetry};
+
+/// Run the daemon: dream images from a teacher and stream them over gRPC.
+///
+/// Every setting can stand in a TOML file (--config), in the environment, or on the command line; the later wins. A
+/// setting's key in the file is its name here with underscores, in a section where it belongs to one ([source],
+/// [synthesis], [log], [students]); its variable is DREAMFEED_ and that path in capitals.
+///
+/// For example --batch-size is batch_size under [synthesis], or DREAMFEED_SYNTHESIS_BATCH_SIZE; --listen is listen, or
+/// DREAMFEED_LISTEN; --log-memory-bytes is memory_bytes under [log], or DREAMFEED_LOG_MEMORY_BYTES; and
+/// --max-student-bytes, --max-pushes, --kept-students, --push-idle-timeout and --push-timeout are max_bytes, max_pushes,
+/// kept_versions, idle_timeout and push_timeout under [students].
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Read settings from this TOML file.
+    #[arg(long, value_name = "FILE", env = "DREAMFEED_CONFIG")]
+    pub config: Option<PathBuf>,
+    /// The settings.
+    #[command(flatten)]
+    pub options: ServeOptions,
+}
+
+/// Serves until SIGTERM or SIGINT.
+pub fn run(args: Args) -> anyhow::Result<()> {
+    let config = Config::load(&args.options, args.config.as_deref(), std::env::vars_os())?;
+    telemetry::install_logs(config.log_format, EnvFilter::try_new(&config.log_filter)?);
+    let listeners = server::bind(&config)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("dreamfeed-io").build()?;
+    let result = runtime.block_on(server::run(config, listeners));
+    // Whatever is still open has had its deadline.
+    runtime.shutdown_background();
+    Ok(result?)
+}

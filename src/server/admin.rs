@@ -1,0 +1,108 @@
+//! The admin pages over HTTP/1: metrics for Prometheus, liveness and readiness for whoever supervises the process.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use metrics_exporter_prometheus::PrometheusHandle;
+
+use super::context::{Context, Readiness};
+use crate::engine::EngineState;
+use crate::synthesis::batch::DreamBatch;
+use crate::telemetry;
+
+/// What the pages show.
+pub(super) struct Pages {
+    pub context: Arc<Context>,
+    pub metrics: PrometheusHandle,
+    pub queue: async_channel::WeakReceiver<DreamBatch>,
+    pub queue_capacity: usize,
+    pub log_capacity_bytes: u64,
+    pub liveness_timeout: Duration,
+}
+
+pub(super) fn router(pages: Arc<Pages>) -> Router {
+    Router::new()
+        .route("/", get(index))
+        .route("/metrics", get(metrics))
+        .route("/livez", get(livez))
+        .route("/readyz", get(readyz))
+        .with_state(pages)
+}
+
+async fn index() -> &'static str {
+    concat!(
+        "dreamfeed ",
+        env!("CARGO_PKG_VERSION"),
+        "\n\n/metrics  Prometheus\n/livez    the engine's heart beats\n/readyz   work is accepted\n"
+    )
+}
+
+/// Reads one atomic: it must answer while everything else is stuck.
+async fn livez(State(pages): State<Arc<Pages>>) -> Response {
+    let (age, bound) = (pages.context.engine.heartbeat_age(), pages.liveness_timeout);
+    if age < bound {
+        return "ok\n".into_response();
+    }
+    let message = format!(
+        "the engine showed no sign of life for {:.1} s; the bound is {:.1} s\n",
+        age.as_secs_f64(),
+        bound.as_secs_f64()
+    );
+    (StatusCode::SERVICE_UNAVAILABLE, message).into_response()
+}
+
+async fn readyz(State(pages): State<Arc<Pages>>) -> Response {
+    let reason = match pages.context.readiness() {
+        Readiness::Ready => return "ok\n".into_response(),
+        Readiness::Loading => "loading: the teacher is not on the device yet\n".to_owned(),
+        Readiness::Draining => "draining\n".to_owned(),
+        Readiness::Failed(reason) => format!("failed: {reason}\n"),
+    };
+    (StatusCode::SERVICE_UNAVAILABLE, reason).into_response()
+}
+
+async fn metrics(State(pages): State<Arc<Pages>>) -> Response {
+    pages.measure();
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], pages.metrics.render()).into_response()
+}
+
+impl Pages {
+    /// Sets the gauges that are read off when somebody looks.
+    pub(super) fn measure(&self) {
+        let set = |name: &'static str, value: f64| metrics::gauge!(name).set(value);
+        let extent = self.context.log.extent();
+        set(telemetry::LOG_FIRST_SEQUENCE, extent.first_sequence as f64);
+        set(telemetry::LOG_NEXT_SEQUENCE, extent.next_sequence as f64);
+        set(telemetry::LOG_CHUNKS, extent.chunks as f64);
+        set(telemetry::LOG_BYTES, extent.bytes as f64);
+        set(telemetry::LOG_CAPACITY_BYTES, self.log_capacity_bytes as f64);
+        metrics::counter!(telemetry::LOG_EVICTED_CHUNKS).absolute(extent.evicted_chunks);
+        let waiting = self.queue.upgrade().map_or(0, |queue| queue.len());
+        set(telemetry::QUEUE_CHUNKS, waiting as f64);
+        set(telemetry::QUEUE_CAPACITY_CHUNKS, self.queue_capacity as f64);
+        set(telemetry::SUBSCRIBERS_CAPACITY, self.context.max_streams as f64);
+        set(telemetry::PUSHES_UNDER_WAY, self.context.students.pushes_under_way() as f64);
+        set(telemetry::PUSHES_CAPACITY, self.context.students.limits().max_pushes as f64);
+        set(telemetry::STUDENT_VERSION_ACCEPTED, self.context.students.current_version() as f64);
+        set(telemetry::ENGINE_HEARTBEAT_AGE_SECONDS, self.context.engine.heartbeat_age().as_secs_f64());
+        let state = self.context.engine.state();
+        for (name, value) in [
+            ("loading", EngineState::Loading),
+            ("synthesizing", EngineState::Synthesizing),
+            ("blocked", EngineState::Blocked),
+            ("finished", EngineState::Finished),
+            ("failed", EngineState::Failed),
+        ] {
+            metrics::gauge!(telemetry::ENGINE_STATE, "state" => name).set(f64::from(u8::from(state == value)));
+        }
+        // Shown from the first day, also before the first one.
+        metrics::gauge!(telemetry::SUBSCRIBERS).increment(0.0);
+        metrics::counter!(telemetry::IMAGES_SENT).increment(0);
+        metrics::counter!(telemetry::BYTES_SENT).increment(0);
+    }
+}

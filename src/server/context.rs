@@ -1,0 +1,85 @@
+//! What every method of the service works with.
+
+use std::sync::Arc;
+
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
+
+use crate::engine::{EngineState, EngineStatus};
+use crate::log::Log;
+use crate::model::source::NetworkSource;
+use crate::students::StudentStore;
+use crate::synthesis::settings::Settings;
+
+/// Whether work can be accepted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Readiness {
+    /// Yes.
+    Ready,
+    /// The teacher is not on the device yet.
+    Loading,
+    /// The daemon is about to end.
+    Draining,
+    /// The engine has failed; the reason.
+    Failed(String),
+}
+
+/// Shared by all methods. No method takes a lock that the engine holds.
+pub struct Context {
+    /// The teacher, on the host.
+    pub teacher: Arc<NetworkSource>,
+    /// What the engine makes.
+    pub settings: Settings,
+    /// The engine's condition.
+    pub engine: Arc<EngineStatus>,
+    /// The log.
+    pub log: Arc<Log>,
+    /// Pushed students.
+    pub students: Arc<StudentStore>,
+    /// A permit for each open stream.
+    pub streams: Arc<Semaphore>,
+    /// The number of those permits.
+    pub max_streams: usize,
+    /// Cancelled when the drain begins.
+    pub draining: CancellationToken,
+    /// Cancelled when open calls must end: the drain begins, or the engine has failed.
+    pub closing: CancellationToken,
+}
+
+impl Context {
+    /// Whether work can be accepted. Takes no lock.
+    pub fn readiness(&self) -> Readiness {
+        if self.draining.is_cancelled() {
+            return Readiness::Draining;
+        }
+        match self.engine.state() {
+            EngineState::Loading => Readiness::Loading,
+            EngineState::Failed => {
+                Readiness::Failed(self.engine.failure().unwrap_or_else(|| "no reason was given".into()))
+            }
+            EngineState::Synthesizing | EngineState::Blocked | EngineState::Finished => Readiness::Ready,
+        }
+    }
+
+    /// Err with the status that a new call gets while work cannot be accepted.
+    pub fn accept(&self) -> Result<(), Status> {
+        match self.readiness() {
+            Readiness::Ready => Ok(()),
+            Readiness::Loading => Err(Status::unavailable(
+                "the daemon is starting: the teacher is not on the device yet; retry with back-off",
+            )),
+            Readiness::Draining | Readiness::Failed(_) => Err(self.closing_status()),
+        }
+    }
+
+    /// The status with which open calls end once [`Self::closing`] is cancelled.
+    pub fn closing_status(&self) -> Status {
+        match self.readiness() {
+            Readiness::Failed(reason) => {
+                super::convert::status(tonic::Code::Unavailable, &format!("the engine has failed: {reason}"))
+            }
+            _ => Status::unavailable("draining; resume elsewhere from the last cursor"),
+        }
+    }
+}

@@ -1,0 +1,39 @@
+//! `FetchStudent`: a header, then the file in pieces that share its memory.
+
+use futures_util::stream::{self, BoxStream, StreamExt};
+use tonic::{Code, Status};
+
+use super::context::Context;
+use super::convert;
+use crate::proto::fetch_student_response::Part;
+use crate::proto::{FetchStudentRequest, FetchStudentResponse};
+
+/// Bytes of one piece: well below every gRPC library's default limit on a message.
+const PIECE_BYTES: usize = 1 << 20;
+
+/// What a call to `FetchStudent` answers with.
+pub(super) type Responses = BoxStream<'static, Result<FetchStudentResponse, Status>>;
+
+pub(super) async fn open(context: &Context, request: FetchStudentRequest) -> Result<Responses, Status> {
+    context.accept()?;
+    let current = context.students.current();
+    let student = match (request.version, current) {
+        (_, None) => return Err(convert::status(Code::NotFound, "no student was pushed yet")),
+        (0, Some(newest)) => newest,
+        (version, Some(newest)) => context.students.get(version).await.ok_or_else(|| {
+            let message =
+                format!("version {version} is not held; the newest is {}, version 0 fetches it", newest.version);
+            convert::status(Code::NotFound, &message)
+        })?,
+    };
+    let header = Part::Header(convert::student(&student));
+    let file = student.checkpoint.bytes().clone();
+    let pieces = (0..file.len())
+        .step_by(PIECE_BYTES)
+        .map(move |start| Part::Data(file.slice(start..file.len().min(start + PIECE_BYTES))));
+    let parts = std::iter::once(header).chain(pieces);
+    let responses = stream::iter(parts.map(|part| Ok(FetchStudentResponse { part: Some(part) })));
+    // A fetch is short; a client that stops reading in the middle of one must not outlast a drain by it.
+    let closing = context.closing.clone();
+    Ok(responses.take_until(async move { closing.cancelled().await }).boxed())
+}

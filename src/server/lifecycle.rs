@@ -1,0 +1,246 @@
+//! From bound ports to exit: start the engine, serve, wait for a signal, drain within a deadline.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::Semaphore;
+use tokio::time::{Instant, timeout, timeout_at};
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+use tonic_health::ServingStatus;
+use uuid::Uuid;
+
+use super::admin::{self, Pages};
+use super::context::Context;
+use super::service::Service;
+use super::{Listeners, ServeError, health};
+use crate::config::Config;
+use crate::engine;
+use crate::log::{Log, LogIdentity};
+use crate::proto::FILE_DESCRIPTOR_SET;
+use crate::proto::dreamfeed_service_server::DreamfeedServiceServer;
+use crate::students::{Requirements, StudentStore};
+use crate::synthesis::batch::DreamBatch;
+use crate::telemetry;
+
+/// The largest message a client may send: a piece of a student of 4 MiB is advised, more is tolerated.
+const MAX_REQUEST_BYTES: usize = 16 << 20;
+/// What a client may send ahead: the server's windows bound the rate of pushes over long distances.
+const STREAM_WINDOW: u32 = 4 << 20;
+const CONNECTION_WINDOW: u32 = 16 << 20;
+/// A peer that answers no ping for this long after as long a silence is gone.
+const KEEPALIVE: Duration = Duration::from_secs(20);
+/// How long open connections get to close by themselves before health watches are ended, too.
+const GOODBYE: Duration = Duration::from_millis(300);
+
+/// Serves until SIGTERM or SIGINT, then drains: health NOT_SERVING, streams end with UNAVAILABLE, the engine stops. A
+/// second signal ends the process at once.
+pub async fn run(config: Config, listeners: Listeners) -> Result<(), ServeError> {
+    let mut signals = Signals::install()?;
+    let handle = telemetry::install()?;
+    let ready_file = ReadyFile::write(config.ready_file.clone(), &listeners)?;
+    let settings = config.engine.settings.clone();
+    let settings_json = serde_json::to_string(&settings)
+        .map_err(|e| ServeError::Internal(format!("the synthesis settings cannot be written as JSON: {e}")))?;
+    let log = Log::new(
+        LogIdentity {
+            log_id: Uuid::now_v7(),
+            replica: Uuid::new_v4().to_string(),
+            teacher_sha256: config.teacher.identity.clone(),
+            settings_json,
+        },
+        config.log_memory_bytes,
+    );
+    let spec = &config.teacher.spec;
+    let requirements = Requirements { num_classes: spec.num_classes, in_channels: spec.in_channels };
+    let students = StudentStore::new(requirements, config.students);
+
+    let stop = CancellationToken::new();
+    let (output, batches) = async_channel::bounded(config.queue_chunks);
+    let engine = engine::spawn(config.teacher.clone(), config.engine.clone(), students.watch(), output, stop.clone())
+        .map_err(ServeError::Engine)?;
+    let draining = CancellationToken::new();
+    let context = Arc::new(Context {
+        teacher: config.teacher.clone(),
+        settings,
+        engine: engine.status.clone(),
+        log: log.clone(),
+        students,
+        streams: Arc::new(Semaphore::new(config.max_streams)),
+        max_streams: config.max_streams,
+        closing: CancellationToken::new(),
+        draining: draining.clone(),
+    });
+    let pages = Arc::new(Pages {
+        context: context.clone(),
+        metrics: handle.clone(),
+        queue: batches.downgrade(),
+        queue_capacity: config.queue_chunks,
+        log_capacity_bytes: config.log_memory_bytes,
+        liveness_timeout: config.liveness_timeout,
+    });
+    pages.measure();
+    let appending = tokio::spawn(append(batches, log));
+    let upkeep = tokio::spawn(async move {
+        loop {
+            tokio::time::sleep(Duration::from_secs(5)).await;
+            handle.run_upkeep();
+        }
+    });
+
+    let (mut reporter, health_service) = tonic_health::server::health_reporter();
+    // The reporter begins with SERVING.
+    health::report(&reporter, ServingStatus::NotServing).await;
+    let following = tokio::spawn(health::follow(context.clone(), reporter.clone()));
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()
+        .map_err(|e| ServeError::Internal(format!("the contract cannot be reflected: {e}")))?;
+
+    let Listeners { grpc, admin, grpc_address, admin_address } = listeners;
+    let admin = tokio::net::TcpListener::from_std(admin)?;
+    let admin_task = tokio::spawn(axum::serve(admin, admin::router(pages)).into_future());
+    let incoming = TcpIncoming::from(tokio::net::TcpListener::from_std(grpc)?)
+        .with_nodelay(Some(true))
+        .with_keepalive(Some(KEEPALIVE));
+    let service = DreamfeedServiceServer::new(Service(context.clone())).max_decoding_message_size(MAX_REQUEST_BYTES);
+    let closed = CancellationToken::new();
+    let shutdown = closed.clone();
+    let mut grpc_task = tokio::spawn(
+        Server::builder()
+            .http2_keepalive_interval(Some(KEEPALIVE))
+            .http2_keepalive_timeout(Some(KEEPALIVE))
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .add_service(health_service)
+            .add_service(reflection)
+            .add_service(service)
+            .serve_with_incoming_shutdown(incoming, async move { shutdown.cancelled().await }),
+    );
+    tracing::info!(%grpc_address, %admin_address, teacher = %config.teacher.identity, "listening");
+
+    let ended = tokio::select! {
+        name = signals.next() => {
+            tracing::info!("{name}: draining");
+            Ok(())
+        }
+        ended = &mut grpc_task => Err(ServeError::Grpc(match ended {
+            Ok(Ok(())) => "without a reason".into(),
+            Ok(Err(error)) => error.to_string(),
+            Err(error) => error.to_string(),
+        })),
+    };
+
+    let deadline = Instant::now() + config.drain_timeout;
+    draining.cancel();
+    context.closing.cancel();
+    stop.cancel();
+    // From here on a supervisor that does not want to wait gets its way.
+    let impatient = ready_file.path.clone();
+    tokio::spawn(async move {
+        let name = signals.next().await;
+        eprintln!("error: {name} again: exiting at once");
+        remove(impatient.as_deref());
+        std::process::exit(1);
+    });
+    // The follower first: it must not report again once the names are cleared.
+    let _ = following.await;
+    health::report(&reporter, ServingStatus::NotServing).await;
+    closed.cancel();
+    let remaining = deadline.saturating_duration_since(Instant::now());
+    let engine = tokio::task::spawn_blocking(move || engine.join(remaining));
+    if ended.is_ok() && timeout(GOODBYE, &mut grpc_task).await.is_err() {
+        health::clear(&mut reporter).await;
+        if timeout_at(deadline, &mut grpc_task).await.is_err() {
+            tracing::warn!("connections were still open at the drain's deadline");
+            grpc_task.abort();
+        }
+    }
+    let stopped = engine.await.unwrap_or(false);
+    let _ = timeout_at(deadline, appending).await;
+    admin_task.abort();
+    upkeep.abort();
+    drop(ready_file);
+    ended?;
+    if !stopped {
+        return Err(ServeError::EngineStuck);
+    }
+    tracing::info!("drained");
+    Ok(())
+}
+
+/// Moves batches from the engine's queue into the log. Encoding and hashing block, so they happen elsewhere.
+async fn append(batches: async_channel::Receiver<DreamBatch>, log: Arc<Log>) {
+    while let Ok(batch) = batches.recv().await {
+        let log = log.clone();
+        let problem = match tokio::task::spawn_blocking(move || log.append(&batch)).await {
+            Ok(Ok(sequence)) => {
+                tracing::debug!(sequence, "chunk appended");
+                continue;
+            }
+            Ok(Err(error)) => error.to_string(),
+            Err(error) => error.to_string(),
+        };
+        metrics::counter!(telemetry::BATCHES_REFUSED).increment(1);
+        tracing::error!("a batch was dropped: {problem}");
+    }
+}
+
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn install() -> std::io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}
+
+/// The file that tells which ports were bound; removed when this is dropped.
+struct ReadyFile {
+    path: Option<PathBuf>,
+}
+
+impl ReadyFile {
+    /// Writes it whole or not at all: whoever waits for it may read it the instant it appears.
+    fn write(path: Option<PathBuf>, listeners: &Listeners) -> Result<Self, ServeError> {
+        if let Some(path) = &path {
+            let pid = std::process::id();
+            let text = serde_json::json!({
+                "grpc": listeners.grpc_address.to_string(),
+                "admin": listeners.admin_address.to_string(),
+                "pid": pid,
+            });
+            let failed = |source| ServeError::ReadyFile { path: path.clone(), source };
+            let mut partial = path.clone().into_os_string();
+            partial.push(format!(".{pid}.tmp"));
+            std::fs::write(&partial, format!("{text}\n")).map_err(failed)?;
+            std::fs::rename(&partial, path).map_err(failed)?;
+        }
+        Ok(Self { path })
+    }
+}
+
+impl Drop for ReadyFile {
+    fn drop(&mut self) {
+        remove(self.path.as_deref());
+    }
+}
+
+fn remove(ready_file: Option<&Path>) {
+    if let Some(path) = ready_file {
+        let _ = std::fs::remove_file(path);
+    }
+}

@@ -1,0 +1,89 @@
+//! The daemon's ports: the gRPC service (a file a method, all conversion in `convert`), and the admin pages.
+//!
+//! [`bind`] takes the ports before anything expensive starts; [`run`] serves on them until a signal, then drains.
+
+mod admin;
+mod context;
+mod convert;
+mod describe;
+mod fetch_student;
+mod health;
+mod lifecycle;
+mod push_student;
+mod service;
+mod stream;
+
+use std::net::{SocketAddr, TcpListener};
+use std::path::PathBuf;
+
+pub use lifecycle::run;
+
+use crate::config::Config;
+
+/// Why the daemon cannot serve, or did not end as it should.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// A port cannot be had.
+    #[error(
+        "cannot listen on {address} ({what}): {source}; is another daemon running there? choose another with {flag}"
+    )]
+    Bind {
+        /// What was to listen there.
+        what: &'static str,
+        /// The address.
+        address: SocketAddr,
+        /// The flag that changes it.
+        flag: &'static str,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// The ready file cannot be written.
+    #[error("cannot write the ready file {path}: {source}", path = path.display())]
+    ReadyFile {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// The engine's thread cannot be started.
+    #[error("cannot start the engine's thread: {0}")]
+    Engine(std::io::Error),
+    /// The operating system refused something that a server needs.
+    #[error("cannot serve: {0}")]
+    Io(#[from] std::io::Error),
+    /// The gRPC server ended by itself.
+    #[error("the gRPC server ended: {0}")]
+    Grpc(String),
+    /// The metrics recorder.
+    #[error(transparent)]
+    Metrics(#[from] crate::telemetry::InstallError),
+    /// The settings cannot be written as JSON, or the contract not be reflected.
+    #[error("{0}")]
+    Internal(String),
+    /// The engine did not stop within the drain's deadline.
+    #[error("the engine did not stop within the drain's deadline")]
+    EngineStuck,
+}
+
+/// The two bound ports.
+#[derive(Debug)]
+pub struct Listeners {
+    grpc: TcpListener,
+    admin: TcpListener,
+    grpc_address: SocketAddr,
+    admin_address: SocketAddr,
+}
+
+/// Takes both ports, so that a second daemon on one of them fails before it loads anything onto a device.
+pub fn bind(config: &Config) -> Result<Listeners, ServeError> {
+    let listen = |what, address, flag| {
+        let failed = |source| ServeError::Bind { what, address, flag, source };
+        let listener = TcpListener::bind(address).map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
+        let bound = listener.local_addr().map_err(failed)?;
+        Ok::<_, ServeError>((listener, bound))
+    };
+    let (grpc, grpc_address) = listen("gRPC", config.listen, "--listen")?;
+    let (admin, admin_address) = listen("admin pages", config.admin_listen, "--admin-listen")?;
+    Ok(Listeners { grpc, admin, grpc_address, admin_address })
+}

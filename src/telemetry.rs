@@ -1,0 +1,179 @@
+//! Every metric's name, unit and help in one place, the recorder that renders them, and the daemon's own log lines.
+//!
+//! Labels are bounded: each label's values are listed in the metric's help, and none ever carries a name that a client
+//! chose.
+
+use metrics::Unit;
+use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
+use serde::{Deserialize, Serialize};
+use tracing_subscriber::EnvFilter;
+
+/// What kind of metric it is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Kind {
+    /// Only goes up.
+    Counter,
+    /// Goes up and down.
+    Gauge,
+    /// A distribution with these upper bounds of its buckets.
+    Histogram(&'static [f64]),
+}
+
+/// One metric.
+#[derive(Clone, Copy, Debug)]
+pub struct Metric {
+    /// Its name.
+    pub name: &'static str,
+    /// What kind it is.
+    pub kind: Kind,
+    /// Its unit.
+    pub unit: Unit,
+    /// What it means, and the values of its labels.
+    pub help: &'static str,
+}
+
+/// From a tenth of a millisecond to ten seconds: calls over the wire.
+const RPC_BUCKETS: &[f64] = &[1e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0];
+/// From a millisecond (a small teacher on a GPU) to a minute (a large one on a busy CPU): work on the device.
+const DEVICE_BUCKETS: &[f64] =
+    &[1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
+
+macro_rules! metrics {
+    ($($id:ident = $name:literal, $kind:expr, $unit:ident, $help:literal;)*) => {
+        $(#[doc = $help] pub const $id: &str = $name;)*
+        /// Every metric of the daemon.
+        pub const ALL: &[Metric] = &[$(Metric { name: $name, kind: $kind, unit: Unit::$unit, help: $help }),*];
+    };
+}
+
+metrics! {
+    IMAGES_SYNTHESIZED = "dreamfeed_images_synthesized_total", Kind::Counter, Count,
+        "Images finished. synthesizer: adi, noise.";
+    SYNTHESIS_RUNS = "dreamfeed_synthesis_runs_total", Kind::Counter, Count,
+        "Synthesis runs ended. outcome: finished, non_finite (dropped, the daemon goes on), error.";
+    LOSS = "dreamfeed_loss", Kind::Gauge, Count,
+        "Each weighted loss term at the last measured optimizer step. term: the terms of the objective.";
+    OPTIMIZER_STEP_SECONDS = "dreamfeed_optimizer_step_seconds", Kind::Histogram(DEVICE_BUCKETS), Seconds,
+        "Time of one optimizer step.";
+    STUDENT_VERSION_ACCEPTED = "dreamfeed_student_version_accepted", Kind::Gauge, Count,
+        "The newest accepted student version, 0 before the first push.";
+    STUDENT_VERSION_ADOPTED = "dreamfeed_student_version_adopted", Kind::Gauge, Count,
+        "The student version that the running synthesis competes against, 0 = none.";
+    STUDENT_STALENESS_VERSIONS = "dreamfeed_student_staleness_versions", Kind::Gauge, Count,
+        "Versions that the last finished batch was behind the newest accepted student when it was finished.";
+    STUDENT_ADOPTION_SECONDS = "dreamfeed_student_adoption_seconds", Kind::Histogram(DEVICE_BUCKETS), Seconds,
+        "Time from the last byte of a push to the first optimizer step against it.";
+    TEACHER_TOP1 = "dreamfeed_teacher_top1_ratio", Kind::Gauge, Count,
+        "Share of the last batch's images that the teacher classifies as the class they were made for, 0..1.";
+    COMPETITION_JS = "dreamfeed_competition_js_nats", Kind::Gauge, Count,
+        "Mean Jensen-Shannon divergence of teacher and student on the last batch, in nats.";
+    ENGINE_STATE = "dreamfeed_engine_state", Kind::Gauge, Count,
+        "1 for the state that the engine is in, 0 for the others. state: loading, synthesizing, blocked, finished, failed.";
+    ENGINE_HEARTBEAT_AGE_SECONDS = "dreamfeed_engine_heartbeat_age_seconds", Kind::Gauge, Seconds,
+        "Time since the engine last showed that it lives.";
+    QUEUE_CHUNKS = "dreamfeed_queue_chunks", Kind::Gauge, Count,
+        "Batches that wait between the engine and the log.";
+    QUEUE_CAPACITY_CHUNKS = "dreamfeed_queue_capacity_chunks", Kind::Gauge, Count,
+        "The bound of that queue.";
+    BATCHES_REFUSED = "dreamfeed_batches_refused_total", Kind::Counter, Count,
+        "Batches of the engine that the log could not take because they contradict themselves: a bug.";
+    LOG_FIRST_SEQUENCE = "dreamfeed_log_first_sequence", Kind::Gauge, Count,
+        "The sequence of the oldest image that can still be read.";
+    LOG_NEXT_SEQUENCE = "dreamfeed_log_next_sequence", Kind::Gauge, Count,
+        "The sequence that the next image will get.";
+    LOG_CHUNKS = "dreamfeed_log_chunks", Kind::Gauge, Count, "Chunks in the log.";
+    LOG_BYTES = "dreamfeed_log_bytes", Kind::Gauge, Bytes, "Bytes in the log.";
+    LOG_CAPACITY_BYTES = "dreamfeed_log_capacity_bytes", Kind::Gauge, Bytes, "The bound on those bytes.";
+    LOG_EVICTED_CHUNKS = "dreamfeed_log_evicted_chunks_total", Kind::Counter, Count,
+        "Chunks that left the log to keep it within its bound.";
+    SUBSCRIBERS = "dreamfeed_subscribers", Kind::Gauge, Count, "Open streams.";
+    SUBSCRIBERS_CAPACITY = "dreamfeed_subscribers_capacity", Kind::Gauge, Count, "The bound on open streams.";
+    STREAM_ENDS = "dreamfeed_stream_ends_total", Kind::Counter, Count,
+        "Streams ended. reason: client (it left), draining, failed (the engine), overtaken (by the log), error.";
+    IMAGES_SENT = "dreamfeed_images_sent_total", Kind::Counter, Count, "Images sent, over all streams.";
+    BYTES_SENT = "dreamfeed_bytes_sent_total", Kind::Counter, Bytes, "Payload bytes sent, over all streams.";
+    PUSHES = "dreamfeed_pushes_total", Kind::Counter, Count,
+        "Pushes ended. outcome: accepted, already_current, header, length, digest, format, arch, missing, extra, \
+         misshapen, dtype, not_finite, channels, classes, too_large, conflict, idle, busy, cancelled, unavailable, \
+         internal.";
+    PUSHES_UNDER_WAY = "dreamfeed_pushes_under_way", Kind::Gauge, Count, "Pushes that hold a slot.";
+    PUSHES_CAPACITY = "dreamfeed_pushes_capacity", Kind::Gauge, Count, "The bound on pushes under way.";
+    RPC_SECONDS = "dreamfeed_rpc_seconds", Kind::Histogram(RPC_BUCKETS), Seconds,
+        "Time until a call was answered; for server streams until they opened. method: the service's methods; code: \
+         the gRPC status.";
+}
+
+/// Gives every metric its unit and help. Called by [`install`].
+pub fn describe_all() {
+    for metric in ALL {
+        match metric.kind {
+            Kind::Counter => metrics::describe_counter!(metric.name, metric.unit, metric.help),
+            Kind::Gauge => metrics::describe_gauge!(metric.name, metric.unit, metric.help),
+            Kind::Histogram(_) => metrics::describe_histogram!(metric.name, metric.unit, metric.help),
+        }
+    }
+}
+
+/// Why metrics cannot be recorded.
+#[derive(Debug, thiserror::Error)]
+pub enum InstallError {
+    /// A histogram's buckets are malformed.
+    #[error("cannot build the metrics recorder: {0}")]
+    Build(#[from] BuildError),
+    /// Another recorder came first.
+    #[error("a metrics recorder is already installed in this process")]
+    AlreadyInstalled,
+}
+
+/// Installs the process's metrics recorder; the handle renders it as Prometheus text.
+pub fn install() -> Result<PrometheusHandle, InstallError> {
+    let mut builder = PrometheusBuilder::new();
+    for metric in ALL {
+        if let Kind::Histogram(buckets) = metric.kind {
+            builder = builder.set_buckets_for_metric(Matcher::Full(metric.name.to_owned()), buckets)?;
+        }
+    }
+    let recorder = builder.build_recorder();
+    let handle = recorder.handle();
+    metrics::set_global_recorder(recorder).map_err(|_| InstallError::AlreadyInstalled)?;
+    describe_all();
+    Ok(handle)
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Starts writing log lines to standard error. A second call in one process changes nothing.
+pub fn install_logs(format: LogFormat, filter: EnvFilter) {
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    let _ = match format {
+        LogFormat::Text => builder.with_ansi(terminal).try_init(),
+        LogFormat::Json => builder.json().try_init(),
+    };
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn names_are_unique_and_follow_the_conventions() {
+        let names: BTreeSet<&str> = ALL.iter().map(|metric| metric.name).collect();
+        assert_eq!(names.len(), ALL.len());
+        for metric in ALL {
+            assert!(metric.name.starts_with("dreamfeed_"), "{}", metric.name);
+            assert_eq!(metric.kind == Kind::Counter, metric.name.ends_with("_total"), "{}", metric.name);
+        }
+    }
+}
