@@ -9,8 +9,8 @@ zero-padded ("option A") and projected. Everything follows from fixed seeds of N
 not change between PyTorch versions. Values are drawn in float64, rounded to the float32 that the files hold,
 and all losses are computed in float64 from these rounded values.
 
-Formulas: Yin et al. 2020, "Dreaming to Distill", arXiv:1912.08795, as coded by the published scripts where the
-paper leaves something open (biased batch variance, norms over the whole batch, the clamped competition term).
+Formulas: Yin et al. 2020, "Dreaming to Distill", arXiv:1912.08795, as coded by the published scripts where
+the paper leaves something open (biased batch variance, norms over the whole batch, the clamped competition term).
 """
 
 import argparse
@@ -152,7 +152,7 @@ def one_pixel_differences(x: Tensor) -> list[Tensor]:
 
 
 def bn_distances(network: Network, x: Tensor) -> Tensor:
-    """||running_var - var|| + ||running_mean - mean|| of each batch norm's input on [N,C,H,W]: [batch norms]."""
+    """||running_var - var|| + ||running_mean - mean|| of every batch norm's input, in order: [B]."""
     seen: dict[nn.Module, Tensor] = {}
     handles = [
         bn.register_forward_pre_hook(lambda module, args: seen.__setitem__(module, args[0]))

@@ -1,0 +1,108 @@
+# Every target does all its own set-up and may be run again at any time; nothing is made twice.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+# In case the daemon's Python helpers share two cores with it: idle threads sleep instead of spinning.
+export OMP_WAIT_POLICY ?= passive
+
+DEMO_TEACHER := out/demo/teacher.safetensors
+# make serve TEACHER=resnet20.safetensors SERVE_FLAGS="--preset cifar10"
+TEACHER ?= $(DEMO_TEACHER)
+SERVE_FLAGS ?= $(if $(filter $(DEMO_TEACHER),$(TEACHER)),--preset digits)
+
+say = printf '\033[1m==> %s\033[0m\n'
+
+.PHONY: help
+help: ## Show this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: $(VENV)/.stamp ## Install PyTorch (for its libtorch) and the Python tools into .venv; a C++ compiler if root
+
+$(VENV)/.stamp: requirements.txt
+	@command -v cargo >/dev/null || { echo "Rust is missing: install it from https://rustup.rs, then run make again"; exit 1; }
+	@if ! command -v c++ >/dev/null; then \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    $(say) "setup: installing g++, which libtorch's binding is compiled with"; \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends g++; \
+	  else \
+	    echo "A C++ compiler is missing: run 'sudo apt-get install g++', then make again"; exit 1; \
+	  fi; \
+	fi
+	@python=$$(command -v python3.11 || command -v python3 || true); \
+	if [ -z "$$python" ]; then echo "Python 3.11 is missing: run 'sudo apt-get install python3', then make again"; exit 1; fi; \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$$python is older than Python 3.11, which the pinned packages need"; exit 1; }; \
+	if [ ! -x $(PYTHON) ] || ! $(PYTHON) -m pip --version >/dev/null 2>&1; then \
+	  $(say) "setup: creating $(VENV)"; \
+	  if ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then \
+	    if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	      apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends python3-venv; \
+	    else \
+	      echo "Python's venv is missing: run 'sudo apt-get install python3-venv', then make again"; exit 1; \
+	    fi; \
+	  fi; \
+	  "$$python" -m venv $(VENV); \
+	fi
+	@$(say) "setup: installing the packages of requirements.txt (PyTorch is large; minutes the first time)"
+	@$(PYTHON) -m pip install --disable-pip-version-check --no-input -r requirements.txt \
+	  | grep --line-buffered -Ev '^Requirement already satisfied' || [ "$${PIPESTATUS[0]}" = 0 ]
+	@ln -sfn "$$($(PYTHON) -c 'import os, importlib.util as u; print(os.path.relpath(os.path.dirname(u.find_spec("torch").origin), "$(VENV)"))')" $(VENV)/libtorch
+	@touch $@
+
+.PHONY: build
+build: $(VENV)/.stamp ## Build the daemon, target/release/dreamfeed
+	@$(say) "build: target/release/dreamfeed (the first time compiles libtorch's binding: some minutes)"
+	@cargo build --release
+
+.PHONY: demo
+demo: build ## Train a teacher on real digits, dream, and teach a student with the dreams (under 4 minutes)
+	@$(say) "demo: everything it makes is in out/demo"
+	@$(PYTHON) examples/digits/demo.py
+
+.PHONY: ablation
+ablation: build ## The same with noise, DeepDream, DeepInversion and ADI: the paper's table
+	@$(say) "ablation: everything it makes is in out/ablation"
+	@$(PYTHON) examples/digits/ablation.py
+
+.PHONY: test
+test: build ## Run all tests: Rust, and the contract from Python
+	@$(say) "test: Rust"
+	@cargo test --release
+	@$(say) "test: Python"
+	@$(PYTHON) -m pytest -q tests/python
+
+.PHONY: lint
+lint: $(VENV)/.stamp ## Check formats and lints: rustfmt, clippy, ruff, buf
+	@$(say) "lint: Rust"
+	@cargo fmt --check
+	@cargo clippy --all-targets --release -- -D warnings
+	@$(say) "lint: Python"
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(say) "lint: proto"
+	@$(VENV)/bin/buf lint
+
+.PHONY: bench
+bench: build ## The time of a synthesis step beside plain PyTorch
+	@$(say) "bench: one optimizer step, Dreamfeed and plain PyTorch in turn"
+	@$(PYTHON) benches/step.py
+
+.PHONY: serve
+serve: build ## Run the daemon: TEACHER=FILE (default: the demo's), SERVE_FLAGS="..."
+	@if [ "$(TEACHER)" = "$(DEMO_TEACHER)" ]; then $(PYTHON) examples/digits/train_teacher.py --out-dir out/demo; fi
+	@$(say) "serve: dreaming from $(TEACHER)"
+	@exec target/release/dreamfeed serve --teacher "$(TEACHER)" $(SERVE_FLAGS)
+
+.PHONY: clean
+clean: ## Remove what was built and made (out, target); .venv stays, "make distclean" removes that too
+	rm -rf out target
+
+.PHONY: distclean
+distclean: clean
+	rm -rf $(VENV)

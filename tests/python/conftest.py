@@ -1,0 +1,128 @@
+"""The real daemon, and a client made from the proto alone: nothing here uses code of the daemon."""
+
+import contextlib
+import importlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import grpc
+import grpc_tools
+import pytest
+import torch
+from grpc_tools import protoc
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "examples"))
+import cifar_resnet  # noqa: E402
+
+BINARY = ROOT / "target/release/dreamfeed"
+CHANNELS, CLASSES, SIZE, BATCH = 3, 5, (16, 16), 24
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLASS_NAMES = ["aloe", "birch", "cedar", "dahlia", "elm"]
+
+
+@dataclass(frozen=True)
+class Contract:
+    """The modules that grpcio-tools generates."""
+
+    messages: ModuleType
+    services: ModuleType
+
+
+@dataclass(frozen=True)
+class Client:
+    """A stub on a running daemon, and what the test knows of it."""
+
+    stub: object
+    messages: ModuleType
+    process: subprocess.Popen
+    log: Path
+
+
+def random_network(seed: int, classes: int = CLASSES) -> cifar_resnet.ResNet:
+    """A ResNet-8 in eval mode, with batch norms that differ from a fresh one's."""
+    torch.manual_seed(seed)
+    network = cifar_resnet.ResNet("resnet8", CHANNELS, classes)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
+            torch.nn.init.normal_(module.running_mean, 0.0, 0.3)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, 0.0, 0.3)
+    return network.eval()
+
+
+@pytest.fixture(scope="session")
+def contract(tmp_path_factory: pytest.TempPathFactory) -> Contract:
+    """Stubs generated from proto/ with nothing but grpcio-tools."""
+    out = tmp_path_factory.mktemp("stubs")
+    well_known = Path(grpc_tools.__file__).parent / "_proto"
+    code = protoc.main(
+        [
+            "protoc",
+            f"-I{ROOT / 'proto'}",
+            f"-I{well_known}",
+            f"--python_out={out}",
+            f"--grpc_python_out={out}",
+            "dreamfeed/v1/dreamfeed.proto",
+        ]
+    )
+    assert code == 0, "grpcio-tools does not accept the proto"
+    sys.path.insert(0, str(out))
+    return Contract(
+        messages=importlib.import_module("dreamfeed.v1.dreamfeed_pb2"),
+        services=importlib.import_module("dreamfeed.v1.dreamfeed_pb2_grpc"),
+    )
+
+
+@pytest.fixture(scope="session")
+def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    cifar_resnet.save(random_network(1), path, mean=MEAN, std=STD, image_size=SIZE, class_names=CLASS_NAMES)
+    return path
+
+
+@pytest.fixture
+def client(contract: Contract, teacher_file: Path, tmp_path: Path) -> Iterator[Client]:
+    """A fresh daemon with the cheap synthesizer on free ports; it must drain and exit with 0 on SIGTERM."""
+    if not BINARY.exists():
+        pytest.fail(f"{BINARY} is not built; `make test` builds it")
+    ready_file, log = tmp_path / "ready.json", tmp_path / "serve.log"
+    command = [
+        str(BINARY),
+        "serve",
+        *("--teacher", str(teacher_file), "--synthesizer", "noise", "--batch-size", str(BATCH)),
+        *("--max-images", str(4 * BATCH), "--seed", "7", "--threads", "1"),
+        *("--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", "--ready-file", str(ready_file)),
+    ]
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, cwd=tmp_path)
+    try:
+        address = wait_until_ready(process, ready_file, log)
+        options = [("grpc.max_receive_message_length", 64 << 20)]
+        with grpc.insecure_channel(address, options=options) as channel:
+            yield Client(contract.services.DreamfeedServiceStub(channel), contract.messages, process, log)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(15) == 0, log.read_text()
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def wait_until_ready(process: subprocess.Popen, ready_file: Path, log: Path) -> str:
+    """The address of the daemon's gRPC port."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        assert process.poll() is None, f"the daemon exited with {process.returncode}:\n{log.read_text()}"
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return json.loads(ready_file.read_text())["grpc"]
+        time.sleep(0.05)
+    pytest.fail(f"the daemon was not ready within 60 s:\n{log.read_text()}")
