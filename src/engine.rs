@@ -1,231 +1,369 @@
-//! STAND-IN for the device thread, until the real one is merged: random batches from a plain thread, so that the server
-//! is tested without a model.
+//! The device thread: it alone owns tensors. It adopts the newest student between two optimizer steps, synthesizes, and
+//! hands finished batches over. Nothing asynchronous runs on it, and nothing asynchronous ever waits for it.
 
-use std::fmt;
-use std::str::FromStr;
+use std::any::Any;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::pin;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant, SystemTime};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
-use rand::{Rng, RngExt, SeedableRng};
-use serde::{Deserialize, Serialize};
+use metrics::{counter, gauge, histogram};
+use tch::{Device, Kind};
+use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+pub use crate::device::DeviceOption;
+use crate::device::set_threads;
+use crate::model::network::FrozenNetwork;
 use crate::model::source::NetworkSource;
 use crate::students::Student;
 use crate::synthesis::batch::DreamBatch;
 use crate::synthesis::settings::Settings;
+use crate::synthesis::{Flow, StepReport, Surroundings, SynthesisError, Synthesizer, Teacher};
+use crate::telemetry;
 
-/// The device that synthesis runs on.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub enum DeviceOption {
-    /// CUDA if there is one, else the CPU.
-    #[default]
-    Auto,
-    /// The CPU.
-    Cpu,
-    /// The CUDA device of this index.
-    Cuda(usize),
-}
+/// How often an idle or blocked engine says that it is alive.
+const IDLE_HEARTBEAT: Duration = Duration::from_millis(500);
 
-impl FromStr for DeviceOption {
-    type Err = String;
+/// So many failed runs in a row are no accident; the engine gives up rather than spin.
+const MAX_FAILURES: u32 = 10;
 
-    fn from_str(text: &str) -> Result<Self, String> {
-        match (text, text.strip_prefix("cuda:").map(str::parse)) {
-            ("auto", _) => Ok(Self::Auto),
-            ("cpu", _) => Ok(Self::Cpu),
-            ("cuda", _) => Ok(Self::Cuda(0)),
-            (_, Some(Ok(index))) => Ok(Self::Cuda(index)),
-            _ => Err(format!("device {text:?}: give auto, cpu, cuda or cuda:N")),
-        }
-    }
-}
+/// The pause after a run that failed.
+const FAILURE_PAUSE: Duration = Duration::from_secs(1);
 
-impl TryFrom<String> for DeviceOption {
-    type Error = String;
+/// The engine gives way to the runtime's threads by this much (`nice`), so that an RPC is answered at once while
+/// libtorch has every core busy.
+const NICENESS: i32 = 5;
 
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
-    }
-}
-
-impl From<DeviceOption> for String {
-    fn from(device: DeviceOption) -> Self {
-        device.to_string()
-    }
-}
-
-impl fmt::Display for DeviceOption {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Auto => f.write_str("auto"),
-            Self::Cpu => f.write_str("cpu"),
-            Self::Cuda(index) => write!(f, "cuda:{index}"),
-        }
-    }
-}
-
-/// How to run the engine.
+/// What the engine runs with.
 #[derive(Clone, Debug)]
 pub struct EngineOptions {
-    /// The device.
+    /// Where tensors live.
     pub device: DeviceOption,
-    /// libtorch's threads; None: its default.
+    /// Threads of libtorch's operators; default: one a core.
     pub threads: Option<usize>,
     /// What to make.
     pub settings: Settings,
-    /// The seed of every random number.
+    /// Decides what is made.
     pub seed: u64,
-    /// Synthesis stops after this many images.
+    /// Stop synthesizing after so many images; the last batch may be cut short.
     pub max_images: Option<u64>,
 }
 
 /// What the engine is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
 pub enum EngineState {
-    /// Bringing the teacher onto the device.
+    /// The teacher is on its way to the device.
     Loading,
     /// Making images.
     Synthesizing,
-    /// Waiting for room in the output queue.
+    /// A finished batch waits because the queue to the log is full.
     Blocked,
-    /// All images were made; idle.
+    /// `max_images` are made.
     Finished,
-    /// Ended by an error.
+    /// It has ended for good; [`EngineStatus::failure`] says why.
     Failed,
 }
 
-/// The engine's condition, readable without a lock.
+impl EngineState {
+    /// Every state, in the order of their numbers.
+    pub const ALL: [Self; 5] = [Self::Loading, Self::Synthesizing, Self::Blocked, Self::Finished, Self::Failed];
+
+    /// The state's name in metrics and pages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Loading => "loading",
+            Self::Synthesizing => "synthesizing",
+            Self::Blocked => "blocked",
+            Self::Finished => "finished",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// The engine seen from other threads; no method waits for it.
+#[derive(Debug)]
 pub struct EngineStatus {
+    started: Instant,
     state: AtomicU8,
-    heartbeat_ms: AtomicU64,
-    start: Instant,
+    heartbeat_millis: AtomicU64,
     failure: OnceLock<String>,
 }
 
 impl EngineStatus {
-    /// What the engine is doing.
-    pub fn state(&self) -> EngineState {
-        match self.state.load(Ordering::Acquire) {
-            0 => EngineState::Loading,
-            1 => EngineState::Synthesizing,
-            2 => EngineState::Blocked,
-            3 => EngineState::Finished,
-            _ => EngineState::Failed,
+    fn new() -> Self {
+        Self {
+            started: Instant::now(),
+            state: AtomicU8::new(0),
+            heartbeat_millis: AtomicU64::new(0),
+            failure: OnceLock::new(),
         }
     }
 
-    /// How long ago the engine last showed that it lives.
-    pub fn heartbeat_age(&self) -> Duration {
-        self.start.elapsed().saturating_sub(Duration::from_millis(self.heartbeat_ms.load(Ordering::Acquire)))
+    /// What it is doing.
+    pub fn state(&self) -> EngineState {
+        EngineState::ALL[usize::from(self.state.load(Ordering::Acquire)).min(EngineState::ALL.len() - 1)]
     }
 
-    /// Why it failed.
+    /// How long ago it last made progress, or said that it has nothing to do.
+    pub fn heartbeat_age(&self) -> Duration {
+        let last = Duration::from_millis(self.heartbeat_millis.load(Ordering::Acquire));
+        self.started.elapsed().saturating_sub(last)
+    }
+
+    /// Why it failed, where it did.
     pub fn failure(&self) -> Option<String> {
         self.failure.get().cloned()
     }
 
-    fn set(&self, state: EngineState) {
+    fn beat(&self) {
+        self.heartbeat_millis.store(self.started.elapsed().as_millis() as u64, Ordering::Release);
+    }
+
+    fn enter(&self, state: EngineState) {
         self.state.store(state as u8, Ordering::Release);
+        for other in EngineState::ALL {
+            gauge!(telemetry::ENGINE_STATE, "state" => other.name()).set(f64::from(u8::from(other == state)));
+        }
         self.beat();
     }
 
-    fn beat(&self) {
-        self.heartbeat_ms.store(self.start.elapsed().as_millis() as u64, Ordering::Release);
+    fn fail(&self, why: String) {
+        tracing::error!(reason = %why, "the engine has failed");
+        let _ = self.failure.set(why);
+        self.enter(EngineState::Failed);
     }
 }
 
 /// A running engine.
+#[derive(Debug)]
 pub struct Engine {
-    /// Its condition.
+    /// What it is doing.
     pub status: Arc<EngineStatus>,
-    thread: std::thread::JoinHandle<()>,
-}
-
-/// Starts the engine's thread.
-pub fn spawn(
-    source: Arc<NetworkSource>,
-    options: EngineOptions,
-    students: watch::Receiver<Option<Arc<Student>>>,
-    output: async_channel::Sender<DreamBatch>,
-    stop: CancellationToken,
-) -> std::io::Result<Engine> {
-    let status = Arc::new(EngineStatus {
-        state: AtomicU8::new(0),
-        heartbeat_ms: AtomicU64::new(0),
-        start: Instant::now(),
-        failure: OnceLock::new(),
-    });
-    let shared = status.clone();
-    let thread = std::thread::Builder::new()
-        .name("engine".into())
-        .spawn(move || run(&source, &options, &students, &output, &stop, &shared))?;
-    Ok(Engine { status, thread })
+    thread: JoinHandle<()>,
 }
 
 impl Engine {
-    /// Waits for the thread to end; false where it did not.
+    /// Waits for the thread to end, which it does within one optimizer step once it was told to stop; false where it
+    /// takes longer than `within`.
     pub fn join(self, within: Duration) -> bool {
         let deadline = Instant::now() + within;
         while !self.thread.is_finished() {
             if Instant::now() >= deadline {
                 return false;
             }
-            std::thread::sleep(Duration::from_millis(5));
+            thread::sleep(Duration::from_millis(5));
         }
         self.thread.join().is_ok()
     }
 }
 
+/// Starts the engine. Call within a tokio runtime: the engine waits on its queues with that runtime's timers, but no
+/// task of the runtime ever runs on the engine's thread.
+pub fn spawn(
+    source: Arc<NetworkSource>,
+    options: EngineOptions,
+    students: watch::Receiver<Option<Arc<Student>>>,
+    output: async_channel::Sender<DreamBatch>,
+    stop: CancellationToken,
+) -> io::Result<Engine> {
+    let status = Arc::new(EngineStatus::new());
+    status.enter(EngineState::Loading);
+    let runtime = Handle::current();
+    let seen = status.clone();
+    let thread = thread::Builder::new().name("engine".into()).spawn(move || {
+        let outcome =
+            catch_unwind(AssertUnwindSafe(|| run(source, options, students, output, stop, runtime, seen.clone())));
+        match outcome {
+            Ok(Ok(())) => {}
+            Ok(Err(why)) => seen.fail(why),
+            Err(panic) => seen.fail(panic_message(&*panic)),
+        }
+    })?;
+    Ok(Engine { status, thread })
+}
+
+/// libtorch reports its errors through panics of tch.
+fn panic_message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    // The first line says what happened, the rest is a C++ stack.
+    let line = text.and_then(|text| text.lines().next()).unwrap_or("unknown panic");
+    format!("libtorch: {line}")
+}
+
+fn give_way() {
+    #[cfg(target_os = "linux")]
+    if let Err(error) = rustix::process::setpriority_process(None, NICENESS) {
+        tracing::warn!(%error, "cannot lower the engine's priority; RPCs may be answered late under load");
+    }
+}
+
 fn run(
-    source: &NetworkSource,
-    options: &EngineOptions,
-    students: &watch::Receiver<Option<Arc<Student>>>,
-    output: &async_channel::Sender<DreamBatch>,
-    stop: &CancellationToken,
-    status: &EngineStatus,
-) {
-    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(options.seed);
-    std::thread::sleep(Duration::from_millis(50));
-    status.set(EngineState::Synthesizing);
+    source: Arc<NetworkSource>,
+    options: EngineOptions,
+    students: watch::Receiver<Option<Arc<Student>>>,
+    output: async_channel::Sender<DreamBatch>,
+    stop: CancellationToken,
+    runtime: Handle,
+    status: Arc<EngineStatus>,
+) -> Result<(), String> {
+    // Before libtorch makes its own threads, which inherit the priority.
+    give_way();
+    set_threads(options.threads);
+    let device = options.device.resolve().map_err(|error| error.to_string())?;
+    let teacher = Teacher::load(&source, device, Kind::Float);
+    tracing::info!(?device, arch = source.spec.arch(), sha256 = %source.identity, "the teacher is on the device");
+
+    let mut synthesizer = Synthesizer::new(options.settings, teacher.num_classes(), options.seed);
+    let mut world = World { device, students, adopted: None, unreported: None, stop, status };
     let mut made = 0u64;
-    while !stop.is_cancelled() {
-        status.beat();
-        if options.max_images.is_some_and(|max| made >= max) {
-            status.set(EngineState::Finished);
-            std::thread::sleep(Duration::from_millis(10));
-            continue;
-        }
-        let count = options.settings.batch_size;
-        let mut images = vec![0; count * source.geometry.pixels()];
-        rng.fill_bytes(&mut images);
-        let k = source.spec.num_classes;
-        let version = students.borrow().as_ref().map_or(0, |student| student.version as i64);
-        let mut batch = DreamBatch {
-            images,
-            labels: (0..count).map(|i| (i % k) as i64).collect(),
-            teacher_logits: (0..count * k).map(|_| rng.random_range(-1.0..1.0)).collect(),
-            student_version: vec![version; count],
-            competition: vec![0.0; count],
-            geometry: source.geometry,
-            num_classes: k,
-            synthesizer: options.settings.synthesizer.name(),
-            created_at: SystemTime::now(),
-        };
-        made += count as u64;
-        std::thread::sleep(Duration::from_millis(2));
-        while let Err(async_channel::TrySendError::Full(back)) = output.try_send(batch) {
-            status.set(EngineState::Blocked);
-            if stop.is_cancelled() {
-                return;
+    let mut failures = 0;
+    while options.max_images.is_none_or(|most| made < most) {
+        world.status.enter(EngineState::Synthesizing);
+        let batch = match catch_unwind(AssertUnwindSafe(|| synthesizer.run(&teacher, &mut world))) {
+            Ok(Ok(batch)) => batch,
+            Ok(Err(SynthesisError::Stopped)) => return Ok(()),
+            Ok(Err(error @ SynthesisError::NotFinite { .. })) => {
+                count_run("non_finite");
+                tracing::warn!(%error, "a synthesis run was dropped");
+                // Not an error of the machine: other noise may well do better, so this does not count as a failure.
+                world.rest(&runtime, Duration::ZERO);
+                continue;
             }
-            std::thread::sleep(Duration::from_millis(2));
-            batch = back;
+            Err(panic) => {
+                count_run("error");
+                failures += 1;
+                let error = panic_message(&*panic);
+                tracing::error!(%error, failures, "a synthesis run failed");
+                if failures >= MAX_FAILURES {
+                    return Err(format!("{failures} synthesis runs failed in a row; the last one: {error}"));
+                }
+                world.rest(&runtime, FAILURE_PAUSE);
+                continue;
+            }
+        };
+        failures = 0;
+        count_run("finished");
+        let batch = match options.max_images {
+            Some(most) => batch.truncated((most - made) as usize),
+            None => batch,
+        };
+        made += batch.count() as u64;
+        report_batch(&batch);
+        if !world.hand_over(&runtime, &output, batch) {
+            return Ok(());
         }
-        status.set(EngineState::Synthesizing);
+    }
+    tracing::info!(images = made, "max_images are made; the log goes on being served");
+    world.status.enter(EngineState::Finished);
+    world.rest(&runtime, Duration::MAX);
+    Ok(())
+}
+
+fn count_run(outcome: &'static str) {
+    counter!(telemetry::SYNTHESIS_RUNS, "outcome" => outcome).increment(1);
+}
+
+fn report_batch(batch: &DreamBatch) {
+    counter!(telemetry::IMAGES_SYNTHESIZED, "synthesizer" => batch.synthesizer).increment(batch.count() as u64);
+    gauge!(telemetry::TEACHER_TOP1).set(batch.teacher_top1());
+    let competition: f64 = batch.competition.iter().map(|js| f64::from(*js)).sum();
+    gauge!(telemetry::COMPETITION_JS).set(competition / batch.count().max(1) as f64);
+}
+
+/// A student on the device.
+struct Adopted {
+    network: FrozenNetwork,
+    version: u64,
+}
+
+/// Everything outside the optimizer that a run meets.
+struct World {
+    device: Device,
+    students: watch::Receiver<Option<Arc<Student>>>,
+    adopted: Option<Adopted>,
+    /// The arrival of a student's last byte, until the first step against it has been made.
+    unreported: Option<Instant>,
+    stop: CancellationToken,
+    status: Arc<EngineStatus>,
+}
+
+impl World {
+    fn adopt_newest(&mut self) {
+        if !self.students.has_changed().unwrap_or(false) {
+            return;
+        }
+        let Some(student) = self.students.borrow_and_update().clone() else { return };
+        let network = FrozenNetwork::load(&student.spec, &student.checkpoint, self.device, Kind::Float);
+        tracing::debug!(version = student.version, "adopted a student");
+        self.adopted = Some(Adopted { network, version: student.version });
+        self.unreported = Some(student.received_at);
+        gauge!(telemetry::STUDENT_VERSION_ADOPTED).set(student.version as f64);
+    }
+
+    /// Puts a batch into the queue, waiting as long as it is full; false where the engine must end.
+    fn hand_over(&self, runtime: &Handle, output: &async_channel::Sender<DreamBatch>, batch: DreamBatch) -> bool {
+        let batch = match output.try_send(batch) {
+            Ok(()) => return true,
+            Err(async_channel::TrySendError::Closed(_)) => return false,
+            Err(async_channel::TrySendError::Full(batch)) => batch,
+        };
+        self.status.enter(EngineState::Blocked);
+        runtime.block_on(async {
+            let mut send = pin!(output.send(batch));
+            loop {
+                tokio::select! {
+                    sent = &mut send => return sent.is_ok(),
+                    () = self.stop.cancelled() => return false,
+                    () = tokio::time::sleep(IDLE_HEARTBEAT) => self.status.beat(),
+                }
+            }
+        })
+    }
+
+    /// Does nothing for a while, or until told to stop.
+    fn rest(&self, runtime: &Handle, pause: Duration) {
+        let began = Instant::now();
+        while !self.stop.is_cancelled() && began.elapsed() < pause {
+            let nap = IDLE_HEARTBEAT.min(pause.saturating_sub(began.elapsed()));
+            runtime.block_on(async {
+                let _ = tokio::time::timeout(nap, self.stop.cancelled()).await;
+            });
+            self.status.beat();
+        }
+    }
+}
+
+impl Surroundings for World {
+    fn flow(&mut self) -> Flow {
+        self.status.beat();
+        if self.stop.is_cancelled() { Flow::Stop } else { Flow::Continue }
+    }
+
+    fn student(&mut self) -> Option<(&FrozenNetwork, u64)> {
+        self.adopt_newest();
+        self.adopted.as_ref().map(|adopted| (&adopted.network, adopted.version))
+    }
+
+    fn step_done(&mut self, report: StepReport) {
+        histogram!(telemetry::OPTIMIZER_STEP_SECONDS).record(report.elapsed.as_secs_f64());
+        if report.student_version > 0
+            && let Some(received) = self.unreported.take()
+        {
+            let waited = received.elapsed().saturating_sub(report.elapsed);
+            histogram!(telemetry::STUDENT_ADOPTION_SECONDS).record(waited.as_secs_f64());
+        }
+        if let Some(losses) = report.losses {
+            gauge!(telemetry::LOSS, "term" => "total").set(losses.total);
+            for (term, value) in losses.terms {
+                gauge!(telemetry::LOSS, "term" => term).set(value);
+            }
+        }
+        let accepted = self.students.borrow().as_ref().map_or(0, |student| student.version);
+        gauge!(telemetry::STUDENT_STALENESS_VERSIONS).set((accepted - report.student_version.min(accepted)) as f64);
     }
 }

@@ -3,13 +3,17 @@
 pub mod cli;
 pub mod client;
 pub mod config;
+pub mod device;
 pub mod engine;
+pub mod grid;
 pub mod log;
 pub mod model;
 pub mod server;
 pub mod students;
 pub mod synthesis;
 pub mod telemetry;
+pub mod trainers;
+
 /// The contract.
 #[allow(missing_docs)]
 pub mod proto {

@@ -1,5 +1,9 @@
 //! The command line: one file a subcommand, each with `Args` and `run`.
 
+pub mod bench;
+pub mod distill;
+pub mod dream;
+pub mod evaluate;
 pub mod serve;
 
 use clap::{Parser, Subcommand};
@@ -15,12 +19,20 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Serve(Box<serve::Args>),
+    Distill(Box<distill::Args>),
+    Evaluate(Box<evaluate::Args>),
+    Dream(Box<dream::Args>),
+    Bench(Box<bench::Args>),
 }
 
 /// Parses the process's arguments and does what they say. Usage errors end the process with code 2.
 pub fn run() -> anyhow::Result<()> {
     match Cli::parse().command {
         Command::Serve(args) => serve::run(*args),
+        Command::Distill(args) => distill::run(*args),
+        Command::Evaluate(args) => evaluate::run(*args),
+        Command::Dream(args) => dream::run(*args),
+        Command::Bench(args) => bench::run(*args),
     }
 }
 

@@ -113,6 +113,13 @@ impl Checkpoint {
         RawTensor { dtype: entry.dtype, shape: &entry.shape, data: &self.bytes[entry.range.clone()] }
     }
 
+    /// The same file with only the tensors whose names are `kept`.
+    pub fn only(&self, kept: impl Fn(&str) -> bool) -> Self {
+        let mut this = self.clone();
+        this.entries.retain(|name, _| kept(name));
+        this
+    }
+
     /// Checks that every floating-point value is finite.
     pub fn check_finite(&self) -> Result<(), CheckpointError> {
         for (name, tensor) in self.tensors() {

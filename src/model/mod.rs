@@ -2,7 +2,9 @@
 //! libtorch ([`network`]). This module knows nothing of synthesis.
 
 pub mod checkpoint;
+pub mod labelled;
 pub mod network;
 pub mod pixels;
 pub mod source;
 pub mod spec;
+pub mod trainable;

@@ -351,7 +351,8 @@ fn padding(spec: &BlockSpec) -> (i64, i64) {
     (new / 2, new - new / 2)
 }
 
-fn pad_shortcut(h: &Tensor, spec: &BlockSpec) -> Tensor {
+/// The block input as option A or the identity shortcut passes it on.
+pub(super) fn pad_shortcut(h: &Tensor, spec: &BlockSpec) -> Tensor {
     if spec.shortcut == Shortcut::Identity {
         return h.shallow_clone();
     }

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use super::objective::{self, Gradients, LossReport};
 use super::settings::{Schedule, Settings};
@@ -93,8 +93,7 @@ pub fn image_gradient(
     student: Option<&FrozenNetwork>,
 ) -> (Tensor, Gradients) {
     let recorded = teacher.network.forward(seen, settings.r_feature_weight > 0.0);
-    // Without competition a student would be a forward and a backward pass for a gradient of zero.
-    let student = student.filter(|_| settings.compete_weight > 0.0).map(|net| (net, net.forward(seen, false)));
+    let student = student.map(|network| (network, network.forward(seen, false)));
     let loss = objective::evaluate(
         settings,
         seen,
@@ -139,7 +138,8 @@ pub(super) fn optimize(
         let augmentation = Augmentation::draw(settings, rng);
         let seen = augmentation.apply(&images);
 
-        let student = surroundings.student();
+        // Without competition a student would be a forward and a backward pass for a gradient of zero.
+        let student = if settings.compete_weight > 0.0 { surroundings.student() } else { None };
         student_version = student.map_or(student_version, |(_, version)| version);
         let (gradient, loss) = image_gradient(teacher, settings, &seen, targets, student.map(|(net, _)| net));
         let rate = settings.learning_rate * schedule_factor(settings.schedule, step, settings.iterations);
@@ -162,18 +162,11 @@ pub(super) fn optimize(
     Ok(Optimized { images, student_version })
 }
 
-/// Where optimization starts: standard normal noise in normalized space, `[N, C, H, W]`.
-pub(super) fn initial_noise(teacher: &Teacher, count: usize) -> Tensor {
-    let g = teacher.geometry;
-    let size = [count as i64, g.channels as i64, g.height as i64, g.width as i64];
-    // Always drawn on the CPU, so that one seed means the same images on every device.
-    Tensor::randn(size, (Kind::Float, tch::Device::Cpu)).to_device(teacher.device()).to_kind(teacher.kind())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use rand::SeedableRng;
+    use tch::Kind;
 
     #[test]
     fn augmentation_is_undone_exactly() {

@@ -32,4 +32,26 @@ impl DreamBatch {
     pub fn count(&self) -> usize {
         self.labels.len()
     }
+
+    /// The first `most` images.
+    pub fn truncated(mut self, most: usize) -> Self {
+        if most < self.count() {
+            self.images.truncate(most * self.geometry.pixels());
+            self.labels.truncate(most);
+            self.teacher_logits.truncate(most * self.num_classes);
+            self.student_version.truncate(most);
+            self.competition.truncate(most);
+        }
+        self
+    }
+
+    /// The fraction of images in which the teacher sees their label.
+    pub fn teacher_top1(&self) -> f64 {
+        let right =
+            self.teacher_logits.chunks_exact(self.num_classes.max(1)).zip(&self.labels).filter(|(row, label)| {
+                let best = row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
+                best.is_some_and(|(class, _)| class as i64 == **label)
+            });
+        right.count() as f64 / self.count().max(1) as f64
+    }
 }

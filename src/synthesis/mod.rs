@@ -146,7 +146,7 @@ impl Synthesizer {
         surroundings: &mut dyn Surroundings,
     ) -> Result<DreamBatch, SynthesisError> {
         let count = self.settings.batch_size;
-        let noise = adi::initial_noise(teacher, count);
+        let noise = initial_images(teacher, count);
         let (images, labels, student_version) = match self.settings.synthesizer {
             SynthesizerKind::Noise => {
                 if surroundings.flow() == Flow::Stop {
@@ -163,6 +163,14 @@ impl Synthesizer {
         };
         Ok(finish(teacher, &images, labels, student_version, self.settings.synthesizer, surroundings))
     }
+}
+
+/// Where optimization starts: standard normal noise in normalized space, `[N, C, H, W]`.
+pub fn initial_images(teacher: &Teacher, count: usize) -> Tensor {
+    let g = teacher.geometry;
+    let size = [count as i64, g.channels as i64, g.height as i64, g.width as i64];
+    // Always drawn on the CPU, so that one seed means the same images on every device.
+    Tensor::randn(size, (Kind::Float, Device::Cpu)).to_device(teacher.device()).to_kind(teacher.kind())
 }
 
 /// Quantizes images and asks both networks what they see in exactly these pixels. Without labels the teacher gives them.

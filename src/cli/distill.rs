@@ -1,0 +1,178 @@
+//! `dreamfeed distill`: trains a student on a daemon's stream.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use crate::device::{DeviceOption, set_threads};
+use crate::trainers::augment::Augmentation;
+use crate::trainers::distill::{self, Budget, Options};
+
+/// Trains a student on a daemon's stream and pushes its weights back.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The daemon's address.
+    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:7461")]
+    connect: String,
+    /// How long to wait for the daemon at the start.
+    #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = humantime::parse_duration)]
+    connect_timeout: Duration,
+    /// The student's architecture; default: the teacher's.
+    #[arg(long)]
+    arch: Option<String>,
+    /// Start from the newest student that the daemon holds, where it holds one.
+    #[arg(long)]
+    fetch: bool,
+    /// Train so many steps [default: 2000].
+    #[arg(long, conflicts_with = "duration")]
+    steps: Option<u64>,
+    /// Train so long, for example 30m.
+    #[arg(long, value_parser = humantime::parse_duration)]
+    duration: Option<Duration>,
+    /// Make at most so many steps for each batch received, then wait for the next; default: never wait.
+    #[arg(long, value_name = "N")]
+    steps_per_batch: Option<u64>,
+    /// Begin once so many images are there.
+    #[arg(long, default_value_t = 128)]
+    min_images: usize,
+    /// Images in a training step.
+    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(2..=65536))]
+    batch_size: u32,
+    /// The learning rate's peak; it warms up, then follows half a cosine to zero.
+    #[arg(long, default_value_t = 0.1)]
+    learning_rate: f64,
+    /// SGD's (Nesterov) momentum.
+    #[arg(long, default_value_t = 0.9)]
+    momentum: f64,
+    /// SGD's weight decay.
+    #[arg(long, default_value_t = 5e-4)]
+    weight_decay: f64,
+    /// The temperature of the distillation loss.
+    #[arg(long, default_value_t = 4.0)]
+    temperature: f64,
+    /// Changes to images before each step: none, or a list of shift:N and flip.
+    #[arg(long, default_value = "shift:4,flip")]
+    augment: Augmentation,
+    /// Images kept to be drawn again; the oldest make room.
+    #[arg(long, default_value_t = 50_000)]
+    buffer_images: usize,
+    /// Push the student every so many steps.
+    #[arg(long, default_value_t = 50)]
+    push_every: u64,
+    /// Labelled pictures to measure accuracy on, in CIFAR binary format. Never trained on.
+    #[arg(long, value_name = "FILE")]
+    test_data: Option<PathBuf>,
+    /// Measure every so many steps; 0: only at the end.
+    #[arg(long, default_value_t = 0)]
+    eval_every: u64,
+    /// Where to write the trained student, a safetensors file.
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+    /// Where to keep the training's state (weights, momentum, step); a training that finds it there resumes from it.
+    #[arg(long, value_name = "FILE")]
+    checkpoint: Option<PathBuf>,
+    /// Write the state every so many steps, and at the end.
+    #[arg(long, default_value_t = 500)]
+    checkpoint_every: u64,
+    /// Where to write the summary, JSON.
+    #[arg(long, value_name = "FILE")]
+    summary: Option<PathBuf>,
+    /// Where to write a grid of the newest images.
+    #[arg(long, value_name = "FILE.png")]
+    grid: Option<PathBuf>,
+    /// Decides the initial weights and what is drawn.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Where to train: auto, cpu, cuda or cuda:N.
+    #[arg(long, default_value_t)]
+    device: DeviceOption,
+    /// Threads of libtorch's operators; default: one a core.
+    #[arg(long)]
+    threads: Option<usize>,
+    /// Print the summary as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the subcommand.
+pub fn run(args: Args) -> anyhow::Result<()> {
+    let positive = |name: &str, value: f64, zero: bool| {
+        let right = value.is_finite() && (value > 0.0 || zero && value == 0.0);
+        anyhow::ensure!(right, "{name} is {value}; give a {} number", if zero { "non-negative" } else { "positive" });
+        Ok(())
+    };
+    positive("--learning-rate", args.learning_rate, false)?;
+    positive("--temperature", args.temperature, false)?;
+    positive("--weight-decay", args.weight_decay, true)?;
+    positive("--momentum", args.momentum, true)?;
+    set_threads(args.threads);
+    let options = Options {
+        connect: args.connect,
+        patience: args.connect_timeout,
+        arch: args.arch,
+        fetch: args.fetch,
+        budget: match (args.duration, args.steps) {
+            (Some(time), _) => Budget::Time(time),
+            (None, steps) => Budget::Steps(steps.unwrap_or(2000)),
+        },
+        steps_per_batch: args.steps_per_batch,
+        min_images: args.min_images.min(args.buffer_images),
+        batch_size: args.batch_size as usize,
+        learning_rate: args.learning_rate,
+        momentum: args.momentum,
+        weight_decay: args.weight_decay,
+        temperature: args.temperature,
+        augmentation: args.augment,
+        buffer_images: args.buffer_images,
+        push_every: args.push_every,
+        test_data: args.test_data,
+        eval_every: args.eval_every,
+        out: args.out,
+        checkpoint: args.checkpoint,
+        checkpoint_every: args.checkpoint_every,
+        summary: args.summary,
+        grid: args.grid,
+        seed: args.seed,
+        device: args.device.resolve()?,
+    };
+    let stop = stop_on_signal()?;
+    let summary = distill::run(&options, &stop)?;
+    if args.json {
+        println!("{}", serde_json::to_string(&summary)?);
+    } else {
+        let accuracy = summary.accuracy.map_or("not measured".into(), |a| format!("{:.2} %", a * 100.0));
+        println!("student accuracy      {accuracy}");
+        println!("training steps        {}", summary.steps);
+        println!("images received       {}", summary.images_received);
+        println!("images consumed       {}", summary.images_consumed);
+        println!("student versions      {}", summary.student_versions_pushed);
+        println!("wall time             {:.1} s", summary.wall_seconds);
+    }
+    Ok(())
+}
+
+/// Set by SIGINT or SIGTERM: the training then saves what it has and ends. A second signal ends the process at once.
+fn stop_on_signal() -> anyhow::Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let seen = stop.clone();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    std::thread::Builder::new().name("signals".into()).spawn(move || {
+        runtime.block_on(async {
+            use tokio::signal::unix::{SignalKind, signal};
+            let (Ok(mut interrupt), Ok(mut terminate)) =
+                (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+            else {
+                return;
+            };
+            for count in 0.. {
+                tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
+                if count > 0 {
+                    std::process::exit(130);
+                }
+                seen.store(true, Ordering::Relaxed);
+            }
+        });
+    })?;
+    Ok(stop)
+}

@@ -1,0 +1,160 @@
+//! `dreamfeed dream`: images of one teacher without a daemon, judged by the teacher and by networks that had no part in
+//! making them.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::Context;
+use tch::{Kind, Tensor};
+
+use crate::device::{DeviceOption, set_threads};
+use crate::grid;
+use crate::model::labelled::accuracy;
+use crate::model::network::FrozenNetwork;
+use crate::model::source::{NetworkSource, SourceOptions};
+use crate::synthesis::batch::DreamBatch;
+use crate::synthesis::settings::SynthesisOptions;
+use crate::synthesis::{StepReport, Surroundings, Synthesizer, Teacher};
+
+/// Dreams images of one teacher without a daemon, and says what networks see in them.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The teacher, a safetensors file.
+    #[arg(long, value_name = "FILE")]
+    teacher: PathBuf,
+    #[command(flatten)]
+    source: SourceOptions,
+    #[command(flatten)]
+    synthesis: SynthesisOptions,
+    /// A student to compete against, a safetensors file.
+    #[arg(long, value_name = "FILE")]
+    student: Option<PathBuf>,
+    /// The student's architecture; default: its metadata, or the teacher's.
+    #[arg(long)]
+    student_arch: Option<String>,
+    /// Images to make, rounded up to whole batches; default: one batch.
+    #[arg(long)]
+    images: Option<usize>,
+    /// A network that had no part in making the images, a safetensors file normalized like the teacher.
+    #[arg(long, value_name = "FILE")]
+    verifier: Option<PathBuf>,
+    /// The verifier's architecture; default: its metadata.
+    #[arg(long)]
+    verifier_arch: Option<String>,
+    /// Where to write the PNG grid.
+    #[arg(long, value_name = "FILE.png")]
+    grid: Option<PathBuf>,
+    /// Images in the grid.
+    #[arg(long, default_value_t = 60)]
+    grid_images: usize,
+    /// Decides what is made.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Where to run: auto, cpu, cuda or cuda:N.
+    #[arg(long, default_value_t)]
+    device: DeviceOption,
+    /// Threads of libtorch's operators; default: one a core.
+    #[arg(long)]
+    threads: Option<usize>,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Prints progress to standard error, and holds a student that never changes.
+struct Watching {
+    student: Option<FrozenNetwork>,
+    steps: u32,
+    began: Instant,
+}
+
+impl Surroundings for Watching {
+    fn student(&mut self) -> Option<(&FrozenNetwork, u64)> {
+        self.student.as_ref().map(|student| (student, 1))
+    }
+
+    fn step_done(&mut self, report: StepReport) {
+        if let Some(losses) = report.losses.filter(|_| report.step % 100 == 0 || report.step + 1 == self.steps) {
+            let terms: Vec<String> = losses.terms.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
+            let seconds = self.began.elapsed().as_secs_f64();
+            eprintln!("step {:>5}  {seconds:6.1} s  loss {:.4}  {}", report.step, losses.total, terms.join("  "));
+        }
+    }
+}
+
+fn open(path: &Path, arch: Option<&String>, like: &SourceOptions) -> anyhow::Result<NetworkSource> {
+    let options = SourceOptions { arch: arch.cloned().or_else(|| like.arch.clone()), ..like.clone() };
+    Ok(NetworkSource::open(path, &options)?)
+}
+
+/// Runs the subcommand.
+pub fn run(args: Args) -> anyhow::Result<()> {
+    set_threads(args.threads);
+    let device = args.device.resolve()?;
+    let source = NetworkSource::open(&args.teacher, &args.source)?;
+    let settings = args
+        .synthesis
+        .resolve(source.spec.num_classes)
+        .map_err(|problems| anyhow::anyhow!("{}", problems.join("; ")))?;
+    let teacher = Teacher::load(&source, device, Kind::Float);
+    let frozen = |path: &Path, arch: Option<&String>| -> anyhow::Result<FrozenNetwork> {
+        let source = open(path, arch, &args.source)?;
+        Ok(FrozenNetwork::load(&source.spec, &source.checkpoint, device, Kind::Float))
+    };
+    let student = args.student.as_ref().map(|path| frozen(path, args.student_arch.as_ref())).transpose()?;
+    let verifier = args.verifier.as_ref().map(|path| frozen(path, args.verifier_arch.as_ref())).transpose()?;
+
+    let wanted = args.images.unwrap_or(settings.batch_size);
+    let (batch_size, iterations) = (settings.batch_size, settings.iterations);
+    let mut synthesizer = Synthesizer::new(settings, teacher.num_classes(), args.seed);
+    let began = Instant::now();
+    let mut watching = Watching { student, steps: iterations, began };
+    let mut batches = Vec::new();
+    for _ in 0..wanted.div_ceil(batch_size) {
+        batches.push(synthesizer.run(&teacher, &mut watching)?);
+    }
+    let seconds = began.elapsed().as_secs_f64();
+
+    let (images, labels) = tensors(&batches);
+    let agreement = |network: &FrozenNetwork| {
+        accuracy(&images, &labels, |pixels| network.logits(&teacher.pixels.normalize(pixels)))
+    };
+    let teacher_accuracy = agreement(&teacher.network);
+    let verifier_accuracy = verifier.as_ref().map(agreement);
+    if let Some(path) = &args.grid {
+        let bytes: Vec<u8> = batches.iter().flat_map(|batch| &batch.images).copied().collect();
+        let shown = args.grid_images.min(labels.numel()) * source.geometry.pixels();
+        grid::write_png(path, &bytes[..shown], source.geometry, 10, grid::zoom_for(source.geometry))
+            .with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    let count = labels.numel();
+    if args.json {
+        let report = serde_json::json!({
+            "images": count, "iterations": iterations, "batch_size": batch_size, "wall_seconds": seconds,
+            "seconds_per_image": seconds / count as f64, "teacher_accuracy": teacher_accuracy,
+            "verifier_accuracy": verifier_accuracy,
+        });
+        println!("{report}");
+    } else {
+        println!("images                {count}");
+        println!("wall time             {seconds:.1} s ({:.2} s an image)", seconds / count as f64);
+        println!("teacher sees class    {:.1} %", teacher_accuracy * 100.0);
+        if let Some(accuracy) = verifier_accuracy {
+            println!("verifier sees class   {:.1} %", accuracy * 100.0);
+        }
+    }
+    Ok(())
+}
+
+fn tensors(batches: &[DreamBatch]) -> (Tensor, Tensor) {
+    let images: Vec<Tensor> = batches
+        .iter()
+        .map(|b| {
+            let g = b.geometry;
+            let size = [b.count(), g.channels, g.height, g.width].map(|d| d as i64);
+            Tensor::from_slice(&b.images).view(size)
+        })
+        .collect();
+    let labels: Vec<Tensor> = batches.iter().map(|b| Tensor::from_slice(&b.labels)).collect();
+    (Tensor::cat(&images, 0), Tensor::cat(&labels, 0))
+}

@@ -1,0 +1,50 @@
+//! Images in a PNG grid, for people to look at.
+
+use std::fs::File;
+use std::io::{self, BufWriter};
+use std::path::Path;
+
+use crate::model::source::Geometry;
+
+/// Pixels between images.
+const GAP: usize = 2;
+
+/// Writes u8 images `[N, C, H, W]` as a PNG with `columns` images a row, each pixel drawn `zoom` times as large. One
+/// channel is drawn grey, three as RGB; of any other number the first is drawn grey.
+pub fn write_png(path: &Path, images: &[u8], geometry: Geometry, columns: usize, zoom: usize) -> io::Result<()> {
+    let (columns, zoom) = (columns.max(1), zoom.max(1));
+    let count = images.len() / geometry.pixels().max(1);
+    let rows = count.div_ceil(columns).max(1);
+    let (cell_w, cell_h) = (geometry.width * zoom + GAP, geometry.height * zoom + GAP);
+    let (width, height) = (columns * cell_w + GAP, rows * cell_h + GAP);
+    let colour = geometry.channels == 3;
+    let plane = geometry.height * geometry.width;
+    let mut canvas = vec![0u8; width * height * 3];
+    for (index, image) in images.chunks_exact(geometry.pixels().max(1)).enumerate() {
+        let (left, top) = (GAP + index % columns * cell_w, GAP + index / columns * cell_h);
+        for y in 0..geometry.height * zoom {
+            for x in 0..geometry.width * zoom {
+                let from = y / zoom * geometry.width + x / zoom;
+                let to = ((top + y) * width + left + x) * 3;
+                for channel in 0..3 {
+                    canvas[to + channel] = image[if colour { channel * plane + from } else { from }];
+                }
+            }
+        }
+    }
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
+    let mut encoder = png::Encoder::new(BufWriter::new(File::create(path)?), width as u32, height as u32);
+    encoder.set_color(png::ColorType::Rgb);
+    encoder.set_depth(png::BitDepth::Eight);
+    let mut writer = encoder.write_header()?;
+    writer.write_image_data(&canvas)?;
+    writer.finish()?;
+    Ok(())
+}
+
+/// A zoom that makes small images easy to look at.
+pub fn zoom_for(geometry: Geometry) -> usize {
+    (96 / geometry.width.max(1)).clamp(1, 8)
+}

@@ -1,0 +1,186 @@
+//! A network that is trained: the same architectures as [`super::network`], through libtorch's autograd, with batch norm
+//! on the batch's own statistics.
+
+use std::collections::HashMap;
+
+use safetensors::tensor::{Dtype, TensorView};
+use tch::{Device, Kind, Tensor};
+
+use super::checkpoint::Checkpoint;
+use super::network::{BN_EPSILON, channels_last, pad_shortcut, to_device};
+use super::source::NetworkSource;
+use super::spec::{NetworkSpec, Shortcut};
+
+/// PyTorch's default momentum of batch-norm statistics.
+const BN_MOMENTUM: f64 = 0.1;
+
+/// A network whose parameters require gradients.
+#[derive(Debug)]
+pub struct TrainableNetwork {
+    spec: NetworkSpec,
+    tensors: HashMap<String, Tensor>,
+    /// Names of the trainable tensors, in the order of [`NetworkSpec::tensors`].
+    trainable: Vec<String>,
+}
+
+impl TrainableNetwork {
+    /// Random weights: He et al. 2015 (normal, fan-out) for convolutions, PyTorch's default for the head, batch norm at
+    /// one and zero. libtorch's generator decides.
+    pub fn fresh(spec: &NetworkSpec, device: Device) -> Self {
+        Self::build(spec, |name, shape| {
+            let size: Vec<i64> = shape.iter().map(|d| *d as i64).collect();
+            let float = (Kind::Float, Device::Cpu);
+            let tensor = match (size.len(), name.rsplit('.').next()) {
+                (4, _) => Tensor::randn(&size, float) * (2.0 / (size[0] * size[2] * size[3]) as f64).sqrt(),
+                (2, _) => Tensor::empty(&size, float).uniform(-1.0, 1.0) / (size[1] as f64).sqrt(),
+                (_, Some("weight" | "running_var")) => Tensor::ones(&size, float),
+                _ => Tensor::zeros(&size, float),
+            };
+            tensor.to_device(device)
+        })
+    }
+
+    /// Weights of a checkpoint from which `spec` was made.
+    pub fn load(spec: &NetworkSpec, checkpoint: &Checkpoint, device: Device) -> Self {
+        Self::build(spec, |name, _| {
+            checkpoint.get(name).and_then(|raw| to_device(&raw, Kind::Float, device)).unwrap_or_default()
+        })
+    }
+
+    fn build(spec: &NetworkSpec, mut make: impl FnMut(&str, &[usize]) -> Tensor) -> Self {
+        let _guard = tch::no_grad_guard();
+        let mut tensors = HashMap::new();
+        let mut trainable = Vec::new();
+        for tensor in spec.tensors() {
+            let value = make(&tensor.name, &tensor.shape);
+            let value = if tensor.shape.len() == 4 { channels_last(&value) } else { value };
+            if tensor.trainable {
+                trainable.push(tensor.name.clone());
+            }
+            tensors.insert(tensor.name, value.detach().set_requires_grad(tensor.trainable));
+        }
+        Self { spec: spec.clone(), tensors, trainable }
+    }
+
+    /// The architecture.
+    pub fn spec(&self) -> &NetworkSpec {
+        &self.spec
+    }
+
+    /// The parameters and their names.
+    pub fn parameters(&self) -> impl Iterator<Item = (&str, &Tensor)> {
+        self.trainable.iter().map(|name| (name.as_str(), self.tensor(name)))
+    }
+
+    fn tensor(&self, name: &str) -> &Tensor {
+        // Names come from the same spec that the map was built from.
+        &self.tensors[name]
+    }
+
+    /// Logits `[N, K]` of normalized images, with the batch's statistics, which move the running ones. For training.
+    pub fn forward(&self, x: &Tensor) -> Tensor {
+        self.run(x, true)
+    }
+
+    /// Logits `[N, K]` of normalized images in evaluation mode.
+    pub fn logits(&self, x: &Tensor) -> Tensor {
+        tch::no_grad(|| self.run(x, false))
+    }
+
+    fn run(&self, x: &Tensor, train: bool) -> Tensor {
+        let unit = |x: &Tensor, conv: &str, bn: &str, stride: usize, padding: i64| {
+            let weight = self.tensor(&format!("{conv}.weight"));
+            let norm = |part: &str| Some(self.tensor(&format!("{bn}.{part}")));
+            let stride = [stride as i64; 2];
+            x.conv2d(weight, None::<&Tensor>, stride, [padding; 2], [1, 1], 1).batch_norm(
+                norm("weight"),
+                norm("bias"),
+                norm("running_mean"),
+                norm("running_var"),
+                train,
+                BN_MOMENTUM,
+                BN_EPSILON,
+                true,
+            )
+        };
+        let mut h = unit(&channels_last(x), "conv1", "bn1", 1, 1).relu();
+        for block in &self.spec.blocks {
+            let p = &block.prefix;
+            let inner = unit(&h, &format!("{p}.conv1"), &format!("{p}.bn1"), block.stride, 1).relu();
+            let out = unit(&inner, &format!("{p}.conv2"), &format!("{p}.bn2"), 1, 1);
+            let shortcut = if block.shortcut == Shortcut::Projection {
+                let s = format!("{p}.{}", self.spec.naming.shortcut);
+                unit(&h, &format!("{s}.0"), &format!("{s}.1"), block.stride, 0)
+            } else {
+                pad_shortcut(&h, block)
+            };
+            h = (out + shortcut).relu();
+        }
+        let head = self.spec.naming.head;
+        h.mean_dim([2i64, 3].as_slice(), false, None)
+            .linear(self.tensor(&format!("{head}.weight")), Some(self.tensor(&format!("{head}.bias"))))
+    }
+
+    /// The network as safetensors, with metadata from which [`NetworkSource::open`] reads it back without flags.
+    pub fn to_safetensors(&self, like: &Metadata) -> Result<Vec<u8>, safetensors::SafeTensorError> {
+        self.to_safetensors_with(like, &[])
+    }
+
+    /// The same with further f32 tensors and metadata.
+    pub fn to_safetensors_with(
+        &self,
+        like: &Metadata,
+        more: &[(String, &Tensor)],
+    ) -> Result<Vec<u8>, safetensors::SafeTensorError> {
+        let tensors = self.tensors.iter().map(|(name, tensor)| (name.clone(), tensor)).chain(more.iter().cloned());
+        let hosts: Vec<(String, Vec<usize>, Vec<u8>)> = tensors.map(|(name, tensor)| host(name, tensor)).collect();
+        let mut views = Vec::with_capacity(hosts.len());
+        for (name, shape, bytes) in &hosts {
+            views.push((name.as_str(), TensorView::new(Dtype::F32, shape.clone(), bytes)?));
+        }
+        views.sort_by_key(|(name, _)| *name);
+        safetensors::serialize(views, Some(like.0.clone()))
+    }
+}
+
+fn host(name: String, tensor: &Tensor) -> (String, Vec<usize>, Vec<u8>) {
+    let tensor = tensor.detach().to_device(Device::Cpu).to_kind(Kind::Float).contiguous();
+    let shape = tensor.size().iter().map(|d| *d as usize).collect();
+    let mut values = vec![0f32; tensor.numel()];
+    let count = values.len();
+    tensor.copy_data(&mut values, count);
+    (name, shape, values.iter().flat_map(|value| value.to_le_bytes()).collect())
+}
+
+/// The `__metadata__` of a network's file; see [`NetworkSource::open`] for the keys.
+#[derive(Clone, Debug)]
+pub struct Metadata(pub HashMap<String, String>);
+
+impl Metadata {
+    /// For a network that takes the same images as another.
+    pub fn new(arch: &str, mean: &[f32], std: &[f32], image_size: [usize; 2], class_names: &[String]) -> Self {
+        let list = |values: &[f32]| values.iter().map(f32::to_string).collect::<Vec<_>>().join(",");
+        let mut map = HashMap::from([
+            ("arch".to_owned(), arch.to_owned()),
+            ("mean".to_owned(), list(mean)),
+            ("std".to_owned(), list(std)),
+            ("image_size".to_owned(), format!("{},{}", image_size[0], image_size[1])),
+        ]);
+        if !class_names.is_empty() {
+            map.insert("class_names".to_owned(), serde_json::json!(class_names).to_string());
+        }
+        Self(map)
+    }
+
+    /// For a network that takes the same images as `source`.
+    pub fn like(source: &NetworkSource) -> Self {
+        let (g, n) = (source.geometry, &source.normalization);
+        Self::new(source.spec.arch(), &n.mean, &n.std, [g.height, g.width], &source.class_names)
+    }
+
+    /// With one more entry.
+    pub fn with(mut self, key: &str, value: impl ToString) -> Self {
+        self.0.insert(key.to_owned(), value.to_string());
+        self
+    }
+}

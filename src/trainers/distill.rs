@@ -1,0 +1,493 @@
+//! Distillation: a student learns the teacher's logits on streamed dreams, and pushes its weights back.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use serde::Serialize;
+use tch::{Device, Kind, Tensor};
+
+use super::augment::Augmentation;
+use super::feed::{Feed, Snapshot};
+use super::progress::{Progress, State};
+use super::replay::ReplayBuffer;
+use super::sgd::Sgd;
+use crate::grid;
+use crate::model::checkpoint::Checkpoint;
+use crate::model::labelled::LabelledImages;
+use crate::model::pixels::Pixels;
+use crate::model::source::{Geometry, Normalization};
+use crate::model::spec::NetworkSpec;
+use crate::model::trainable::{Metadata, TrainableNetwork};
+
+/// The share of a training over which the learning rate rises to its peak.
+const WARMUP: f64 = 0.02;
+/// Losses are averaged over so many steps, and read from the device as often.
+const REPORT_EVERY: u64 = 10;
+/// How long to wait for a batch before looking around again.
+const WAIT: Duration = Duration::from_millis(200);
+/// Images in the PNG grid.
+const GRID_IMAGES: usize = 60;
+
+/// How long to train.
+#[derive(Clone, Copy, Debug)]
+pub enum Budget {
+    /// This many steps.
+    Steps(u64),
+    /// This long, by the clock. A resumed training goes on for what is left.
+    Time(Duration),
+}
+
+/// Everything a distillation needs to know.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The daemon's address.
+    pub connect: String,
+    /// How long to wait for the daemon at the start.
+    pub patience: Duration,
+    /// The student's architecture; default: the teacher's.
+    pub arch: Option<String>,
+    /// Start from the newest student that the daemon holds, where it holds one.
+    pub fetch: bool,
+    /// How long to train.
+    pub budget: Budget,
+    /// At most this many steps for each batch received; then wait for the next.
+    pub steps_per_batch: Option<u64>,
+    /// Begin once so many images are there.
+    pub min_images: usize,
+    /// Images in a training step.
+    pub batch_size: usize,
+    /// The learning rate's peak.
+    pub learning_rate: f64,
+    /// SGD's momentum.
+    pub momentum: f64,
+    /// SGD's weight decay.
+    pub weight_decay: f64,
+    /// T of the distillation loss.
+    pub temperature: f64,
+    /// Changes to images before each step.
+    pub augmentation: Augmentation,
+    /// Images kept to be drawn again.
+    pub buffer_images: usize,
+    /// Push the student every so many steps.
+    pub push_every: u64,
+    /// Labelled pictures to measure on.
+    pub test_data: Option<PathBuf>,
+    /// Measure every so many steps; 0: only at the end.
+    pub eval_every: u64,
+    /// Where to write the student.
+    pub out: Option<PathBuf>,
+    /// Where to keep the training's state, and to resume from if it is there.
+    pub checkpoint: Option<PathBuf>,
+    /// Write the state every so many steps.
+    pub checkpoint_every: u64,
+    /// Where to write the summary.
+    pub summary: Option<PathBuf>,
+    /// Where to write a grid of received images.
+    pub grid: Option<PathBuf>,
+    /// Decides the initial weights and what is drawn.
+    pub seed: u64,
+    /// Where to train.
+    pub device: Device,
+}
+
+/// A measured accuracy.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Measurement {
+    /// Training steps made.
+    pub step: u64,
+    /// Wall time since the start of the training, resumed parts included.
+    pub seconds: f64,
+    /// 0..1.
+    pub accuracy: f64,
+}
+
+/// What came out.
+#[derive(Clone, Debug, Serialize)]
+pub struct Summary {
+    /// Accuracy on the test file at the end, 0..1.
+    pub accuracy: Option<f64>,
+    /// Every accuracy that was measured.
+    pub accuracies: Vec<Measurement>,
+    /// Training steps made.
+    pub steps: u64,
+    /// The mean loss of the last steps.
+    pub loss: f64,
+    /// Agreement with the teacher's class on the last training batches, 0..1.
+    pub agreement: f64,
+    /// Images received by this process.
+    pub images_received: u64,
+    /// Images drawn for training.
+    pub images_consumed: u64,
+    /// Students that became a version.
+    pub student_versions_pushed: u64,
+    /// Connections that were lost and made again.
+    pub reconnects: u64,
+    /// Wall time, resumed parts included.
+    pub wall_seconds: f64,
+    /// False where a signal ended the training early.
+    pub complete: bool,
+}
+
+/// What the daemon says of its teacher, as a trainer needs it.
+struct TeacherFacts {
+    arch: String,
+    num_classes: usize,
+    class_names: Vec<String>,
+    geometry: Geometry,
+    normalization: Normalization,
+}
+
+impl TeacherFacts {
+    fn from(feed: &Feed) -> anyhow::Result<Self> {
+        let teacher = feed.description().teacher.clone().context("Describe names no teacher")?;
+        let geometry = teacher.geometry.context("Describe gives no geometry")?;
+        let normalization = teacher.normalization.context("Describe gives no normalization")?;
+        Ok(Self {
+            arch: teacher.arch,
+            num_classes: teacher.num_classes as usize,
+            class_names: teacher.class_names,
+            geometry: Geometry {
+                channels: geometry.channels as usize,
+                height: geometry.height as usize,
+                width: geometry.width as usize,
+            },
+            normalization: Normalization { mean: normalization.mean, std: normalization.std },
+        })
+    }
+
+    fn metadata(&self, arch: &str) -> Metadata {
+        let (g, n) = (self.geometry, &self.normalization);
+        Metadata::new(arch, &n.mean, &n.std, [g.height, g.width], &self.class_names)
+    }
+}
+
+/// T² KL(teacher ‖ student) of logits `[N, K]` at temperature T, the batch's mean (Hinton et al. 2015).
+pub fn distillation_loss(student: &Tensor, teacher: &Tensor, temperature: f64) -> Tensor {
+    let teacher = (teacher / temperature).log_softmax(1, None);
+    let student = (student / temperature).log_softmax(1, None);
+    let count = student.size()[0] as f64;
+    (teacher.exp() * (&teacher - student)).sum(None) * (temperature * temperature / count)
+}
+
+/// The learning rate's factor when a part `done` (0..1) of the training is over: linear warm-up, then half a cosine.
+fn rate_factor(done: f64) -> f64 {
+    if done < WARMUP {
+        return done / WARMUP + 0.01;
+    }
+    0.5 * (1.0 + (std::f64::consts::PI * ((done - WARMUP) / (1.0 - WARMUP)).min(1.0)).cos())
+}
+
+/// Trains a student. Ends when the budget is used up, or, with everything saved, once `stop` is set.
+pub fn run(options: &Options, stop: &Arc<AtomicBool>) -> anyhow::Result<Summary> {
+    let feed = Feed::connect(&options.connect, options.patience)?;
+    let facts = TeacherFacts::from(&feed)?;
+    let test = match &options.test_data {
+        Some(path) => Some(LabelledImages::open(path, facts.geometry, facts.num_classes)?),
+        None => None,
+    };
+    let mut training = Training::start(options, feed, facts, test)?;
+    while !stop.load(Ordering::Relaxed) && training.done() < 1.0 {
+        training.take_batches()?;
+        if training.may_step() {
+            training.step()?;
+        } else {
+            training.wait()?;
+        }
+    }
+    training.finish(!stop.load(Ordering::Relaxed))
+}
+
+struct Training<'a> {
+    options: &'a Options,
+    feed: Feed,
+    facts: TeacherFacts,
+    test: Option<LabelledImages>,
+    student: TrainableNetwork,
+    sgd: Sgd,
+    pixels: Pixels,
+    buffer: ReplayBuffer,
+    rng: ChaCha8Rng,
+    progress: Progress,
+    began: Instant,
+    /// Wall time of earlier parts of a resumed training.
+    before: Duration,
+    batches: u64,
+    /// Steps made by this process, for pacing.
+    own_steps: u64,
+    state: State,
+    accuracies: Vec<Measurement>,
+    /// Sums since the last report: loss, agreement, steps.
+    sums: (Tensor, Tensor, u64),
+    shown: Vec<u8>,
+}
+
+impl<'a> Training<'a> {
+    fn start(
+        options: &'a Options,
+        feed: Feed,
+        facts: TeacherFacts,
+        test: Option<LabelledImages>,
+    ) -> anyhow::Result<Self> {
+        let device = options.device;
+        tch::manual_seed(options.seed as i64);
+        let arch = options.arch.as_ref().unwrap_or(&facts.arch);
+        let spec = NetworkSpec::fresh(arch, facts.geometry.channels, facts.num_classes)?;
+        let mut sgd = Sgd::new(options.momentum, options.weight_decay);
+        let mut state = State::default();
+        let mut before = Duration::ZERO;
+        let resumed = options.checkpoint.as_ref().filter(|path| path.exists());
+        let fetched = if options.fetch && resumed.is_none() { feed.fetch_student(options.patience)? } else { None };
+        let student = if let Some(path) = resumed {
+            let (checkpoint, network) = resume(path, &spec)?;
+            let number = |key: &str| checkpoint.metadata().get(key).and_then(|text| text.parse::<f64>().ok());
+            let student = TrainableNetwork::load(&spec, &network, device);
+            sgd.load(&student, &checkpoint);
+            state.step = number("step").unwrap_or_default() as u64;
+            state.consumed = number("consumed").unwrap_or_default() as u64;
+            before = Duration::from_secs_f64(number("seconds").unwrap_or_default().max(0.0));
+            eprintln!("distill: resuming {} at step {}", path.display(), state.step);
+            student
+        } else if let Some(fetched) = fetched {
+            let spec = NetworkSpec::from_checkpoint(&fetched.header.arch, &fetched.checkpoint)?;
+            eprintln!("distill: starting from student version {}", fetched.header.version);
+            TrainableNetwork::load(&spec, &fetched.checkpoint, device)
+        } else {
+            TrainableNetwork::fresh(&spec, device)
+        };
+        let g = facts.geometry;
+        Ok(Self {
+            pixels: Pixels::new(&facts.normalization, device, Kind::Float),
+            buffer: ReplayBuffer::new(
+                options.buffer_images,
+                [g.channels, g.height, g.width],
+                facts.num_classes,
+                device,
+            ),
+            rng: ChaCha8Rng::seed_from_u64(options.seed),
+            progress: Progress::new(),
+            began: Instant::now(),
+            batches: 0,
+            own_steps: 0,
+            accuracies: Vec::new(),
+            sums: (Tensor::from(0f32).to_device(device), Tensor::from(0f32).to_device(device), 0),
+            shown: Vec::new(),
+            options,
+            feed,
+            facts,
+            test,
+            student,
+            sgd,
+            before,
+            state,
+        })
+    }
+
+    fn elapsed(&self) -> Duration {
+        self.before + self.began.elapsed()
+    }
+
+    /// The part of the budget that is used up, 0..1.
+    fn done(&self) -> f64 {
+        match self.options.budget {
+            Budget::Steps(steps) => self.state.step as f64 / steps.max(1) as f64,
+            Budget::Time(time) => self.elapsed().as_secs_f64() / time.as_secs_f64().max(1e-9),
+        }
+        .min(1.0)
+    }
+
+    fn take(&mut self, batch: crate::client::Batch) -> anyhow::Result<()> {
+        self.buffer.push(&batch)?;
+        self.batches += 1;
+        let wanted = GRID_IMAGES * self.facts.geometry.pixels();
+        if self.options.grid.is_some() {
+            // The newest images: what the method makes against a student that has learned.
+            let (pixels, _) = batch.images()?;
+            self.shown.extend_from_slice(&pixels[..pixels.len().min(wanted)]);
+            let surplus = self.shown.len().saturating_sub(wanted);
+            self.shown.drain(..surplus);
+        }
+        Ok(())
+    }
+
+    fn take_batches(&mut self) -> anyhow::Result<()> {
+        while let Some(batch) = self.feed.try_next()? {
+            self.take(batch)?;
+            if !self.may_step() {
+                continue;
+            }
+            if self.options.steps_per_batch.is_some() {
+                break; // paced: train on what is there before taking more
+            }
+        }
+        Ok(())
+    }
+
+    fn may_step(&self) -> bool {
+        let paced = self.options.steps_per_batch.is_none_or(|most| self.own_steps < most * self.batches);
+        self.buffer.len() >= self.options.min_images.max(1) && paced
+    }
+
+    fn wait(&mut self) -> anyhow::Result<()> {
+        if let Some(batch) = self.feed.next(WAIT)? {
+            self.take(batch)?;
+        }
+        self.show();
+        Ok(())
+    }
+
+    fn step(&mut self) -> anyhow::Result<()> {
+        let drawn = self.buffer.draw(self.options.batch_size, &mut self.rng);
+        let images = self.options.augmentation.apply(&drawn.images, &mut self.rng);
+        let logits = self.student.forward(&self.pixels.normalize(&images));
+        let loss = distillation_loss(&logits, &drawn.logits, self.options.temperature);
+        loss.backward();
+        let rate = self.options.learning_rate * rate_factor(self.done());
+        self.sgd.step(&self.student, rate);
+        {
+            let _guard = tch::no_grad_guard();
+            let agrees = logits.argmax(1, false).eq_tensor(&drawn.logits.argmax(1, false));
+            self.sums.0 += loss.detach();
+            self.sums.1 += agrees.mean(Kind::Float);
+            self.sums.2 += 1;
+        }
+        self.state.step += 1;
+        self.own_steps += 1;
+        self.state.consumed += self.options.batch_size as u64;
+        let step = self.state.step;
+        if step % REPORT_EVERY == 0 {
+            self.report()?;
+        }
+        if step % self.options.push_every.max(1) == 0 {
+            let snapshot = self.snapshot()?;
+            self.feed.push(snapshot);
+        }
+        if self.options.eval_every > 0 && step % self.options.eval_every == 0 {
+            self.measure();
+        }
+        if self.options.checkpoint_every > 0 && step % self.options.checkpoint_every == 0 {
+            self.save_checkpoint()?;
+        }
+        Ok(())
+    }
+
+    fn report(&mut self) -> anyhow::Result<()> {
+        let steps = self.sums.2.max(1) as f64;
+        self.state.loss = self.sums.0.double_value(&[]) / steps;
+        self.state.agreement = self.sums.1.double_value(&[]) / steps;
+        let _ = (self.sums.0.zero_(), self.sums.1.zero_());
+        self.sums.2 = 0;
+        if !self.state.loss.is_finite() {
+            bail!(
+                "the training loss is not finite at step {}; a smaller --learning-rate than {} would help",
+                self.state.step,
+                self.options.learning_rate
+            );
+        }
+        self.show();
+        Ok(())
+    }
+
+    fn show(&mut self) {
+        self.state.done = self.done();
+        self.state.received = self.feed.stats().images.load(Ordering::Relaxed);
+        self.state.pushed = self.feed.stats().students.load(Ordering::Relaxed);
+        self.progress.show(self.state);
+    }
+
+    fn measure(&mut self) {
+        let Some(test) = &self.test else { return };
+        let accuracy = test.accuracy(|pixels| self.student.logits(&self.pixels.normalize(pixels)));
+        self.state.accuracy = Some(accuracy);
+        let seconds = self.elapsed().as_secs_f64();
+        self.accuracies.push(Measurement { step: self.state.step, seconds, accuracy });
+    }
+
+    fn snapshot(&self) -> anyhow::Result<Snapshot> {
+        let arch = self.student.spec().arch().to_owned();
+        let file = self.student.to_safetensors(&self.facts.metadata(&arch))?;
+        Ok(Snapshot { arch, file: file.into(), step: self.state.step })
+    }
+
+    fn save_checkpoint(&self) -> anyhow::Result<()> {
+        let Some(path) = &self.options.checkpoint else { return Ok(()) };
+        let metadata = self
+            .facts
+            .metadata(self.student.spec().arch())
+            .with("step", self.state.step)
+            .with("consumed", self.state.consumed)
+            .with("seconds", self.elapsed().as_secs_f64());
+        write_whole(path, &self.student.to_safetensors_with(&metadata, &self.sgd.state())?)
+    }
+
+    fn finish(mut self, complete: bool) -> anyhow::Result<Summary> {
+        self.measure();
+        self.save_checkpoint()?;
+        // The daemon ends with the final weights, so that a next trainer can start from them.
+        let snapshot = self.snapshot()?;
+        if let Some(path) = &self.options.out {
+            write_whole(path, &snapshot.file)?;
+        }
+        if self.state.step > 0
+            && let Err(error) = self.feed.push_and_wait(snapshot, WAIT * 10)
+        {
+            tracing::warn!("the final student was not pushed: {error}");
+        }
+        self.show();
+        self.progress.finish(self.state);
+        if let Some(path) = &self.options.grid {
+            let geometry = self.facts.geometry;
+            grid::write_png(path, &self.shown, geometry, 10, grid::zoom_for(geometry))
+                .with_context(|| format!("cannot write {}", path.display()))?;
+        }
+        let stats = self.feed.stats();
+        let summary = Summary {
+            accuracy: self.state.accuracy,
+            steps: self.state.step,
+            loss: self.state.loss,
+            agreement: self.state.agreement,
+            images_received: stats.images.load(Ordering::Relaxed),
+            images_consumed: self.state.consumed,
+            student_versions_pushed: stats.students.load(Ordering::Relaxed),
+            reconnects: stats.reconnects.load(Ordering::Relaxed),
+            wall_seconds: self.elapsed().as_secs_f64(),
+            accuracies: self.accuracies,
+            complete,
+        };
+        if let Some(path) = &self.options.summary {
+            write_whole(path, serde_json::to_string_pretty(&summary)?.as_bytes())?;
+        }
+        Ok(summary)
+    }
+}
+
+/// A training checkpoint, and the network in it alone.
+fn resume(path: &Path, spec: &NetworkSpec) -> anyhow::Result<(Checkpoint, Checkpoint)> {
+    let checkpoint = Checkpoint::open(path)?;
+    let network = checkpoint.only(|name| !name.starts_with("momentum."));
+    let found = NetworkSpec::from_checkpoint(spec.arch(), &network)
+        .with_context(|| format!("cannot resume from {}", path.display()))?;
+    if found != *spec {
+        bail!("cannot resume from {}: its network is not a {} for this teacher", path.display(), spec.arch());
+    }
+    Ok((checkpoint, network))
+}
+
+/// Writes a file so that a reader, or a crash, sees the old or the new one whole.
+fn write_whole(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
+    let write = || {
+        if let Some(folder) = path.parent() {
+            std::fs::create_dir_all(folder)?;
+        }
+        let temporary = path.with_extension("partial");
+        let mut file = std::fs::File::create(&temporary)?;
+        std::io::Write::write_all(&mut file, bytes)?;
+        file.sync_all()?;
+        std::fs::rename(&temporary, path)
+    };
+    write().with_context(|| format!("cannot write {}", path.display()))
+}
