@@ -25,12 +25,12 @@ class RunError(Exception):
 
 @dataclass(frozen=True)
 class Budget:
-    """What every run gets; found by measurement, see the numbers in examples/digits/README.md."""
+    """What every run gets, the same for each kind of images."""
 
     batch_size: int = 128
     batches: int = 8
     iterations: int = 150
-    steps_per_batch: int = 60
+    steps_per_batch: int = 120
     train_batch_size: int = 64
     learning_rate: float = 0.1
     temperature: float = 4.0

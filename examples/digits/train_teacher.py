@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cifar_resnet
 
 # Change this name with anything below it: files with another name are made again.
-RECIPE = "digits-1"
+RECIPE = "digits-2"
 ARCH, SIZE, TEST_COUNT = "resnet8", 16, 360
-EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY, SHIFT = 25, 64, 0.1, 5e-4, 1
+EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY, SHIFT = 15, 64, 0.1, 5e-4, 1
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
