@@ -1,0 +1,223 @@
+//! Starting, being supervised, and ending: configuration, ports, health, admin pages, signals.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+mod support;
+
+use std::process::{Output, Stdio};
+use std::time::{Duration, Instant};
+
+use dreamfeed::client::{Client, ClientError, Start, retry};
+use futures_util::{StreamExt, stream};
+use support::{Daemon, LONG, serve_command, student, within};
+use tonic::Code;
+use tonic::transport::{Channel, Endpoint};
+use tonic_health::pb::health_client::HealthClient;
+use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus};
+use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
+use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
+use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
+use tonic_reflection::pb::v1::{ListServiceResponse, ServerReflectionRequest};
+
+const SERVICE: &str = "dreamfeed.v1.DreamfeedService";
+
+fn check(service: &str) -> HealthCheckRequest {
+    HealthCheckRequest { service: service.into() }
+}
+
+async fn channel(daemon: &Daemon) -> Channel {
+    Endpoint::from_shared(format!("http://{}", daemon.grpc)).unwrap().connect().await.unwrap()
+}
+
+fn run_to_end(arguments: &[&str], variables: &[(&str, &str)]) -> (Output, String) {
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = serve_command(folder.path(), arguments);
+    let output = command.envs(variables.iter().copied()).stdin(Stdio::null()).output().unwrap();
+    let errors = String::from_utf8(output.stderr.clone()).unwrap();
+    (output, errors)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sigterm_ends_streams_and_pushes_cleanly_and_exits_zero() {
+    let mut daemon = Daemon::start(&["--batch-size", "8", "--max-images", "64"]);
+    let client = daemon.client().await;
+    let mut reading = client.stream(Start::Earliest).await.unwrap();
+    let mut waiting = client.stream(Start::Latest).await.unwrap();
+    within(reading.next()).await.unwrap().unwrap();
+    let pusher = daemon.client().await;
+    let push = tokio::spawn(async move { pusher.service().push_student(stream::pending()).await });
+    let mut watch = HealthClient::new(channel(&daemon).await).watch(check(SERVICE)).await.unwrap().into_inner();
+    assert_eq!(watch.message().await.unwrap().unwrap().status(), ServingStatus::Serving);
+    daemon.wait_metric("dreamfeed_subscribers", 2.0);
+
+    let told = Instant::now();
+    daemon.signal("TERM");
+    for stream in [&mut reading, &mut waiting] {
+        let error = loop {
+            if let Err(error) = within(stream.next()).await.expect("a status, not just an end") {
+                break error;
+            }
+        };
+        assert_eq!(error.code(), Some(Code::Unavailable), "{error}");
+        assert!(error.to_string().contains("draining; resume elsewhere from the last cursor"), "{error}");
+        assert!(error.is_transient());
+    }
+    assert_eq!(within(push).await.unwrap().unwrap_err().code(), Code::Unavailable);
+    assert_eq!(within(watch.message()).await.unwrap().unwrap().status(), ServingStatus::NotServing);
+    let status = daemon.wait_exit();
+    assert!(status.success(), "{status}: {}", daemon.log());
+    assert!(told.elapsed() < Duration::from_secs(10), "{:?}", told.elapsed());
+    assert!(!daemon.folder.path().join("ready.json").exists());
+    assert!(matches!(Client::connect(&daemon.grpc).await, Err(ClientError::Connect { .. })));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_that_does_not_read_cannot_hold_up_a_drain() {
+    // Far more than the windows hold.
+    let mut daemon = Daemon::start(&["--batch-size", "16384", "--drain-timeout", "2s"]);
+    let mut streams = Vec::new();
+    for _ in 0..3 {
+        let mut stream = daemon.client().await.stream(Start::Earliest).await.unwrap();
+        within(stream.next()).await.unwrap().unwrap();
+        streams.push(stream);
+    }
+    daemon.signal("INT");
+    let status = daemon.wait_exit();
+    assert!(status.success(), "{status}: {}", daemon.log());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_signal_exits_at_once() {
+    // A connection that stays open keeps the drain waiting for its deadline, so that there is time for the second.
+    let mut daemon = Daemon::start(&["--batch-size", "16384", "--drain-timeout", "9s"]);
+    let mut stream = daemon.client().await.stream(Start::Earliest).await.unwrap();
+    within(stream.next()).await.unwrap().unwrap();
+    daemon.wait_metric("dreamfeed_subscribers", 1.0);
+    daemon.signal("TERM");
+    support::wait_for("the drain", || daemon.get("/readyz").0 != 200);
+    daemon.signal("TERM");
+    let status = daemon.wait_exit();
+    // Where the drain was quicker than we, it ended well.
+    assert!(matches!(status.code(), Some(0 | 1)), "{status}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_trainer_survives_a_restart_by_backing_off() {
+    let first = Daemon::start(&["--batch-size", "8", "--max-images", "8"]);
+    let address = first.grpc.clone();
+    drop(first);
+    let trainer = tokio::spawn({
+        let address = address.clone();
+        async move { retry(LONG, || async { Client::connect(&address).await?.describe().await }).await }
+    });
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = serve_command(folder.path(), &["--listen", &address, "--admin-listen", "127.0.0.1:0"]);
+    let mut child = command.stderr(Stdio::null()).spawn().unwrap();
+    let answer = trainer.await.unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert_eq!(answer.unwrap().teacher.unwrap().arch, "resnet8");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_daemon_on_the_same_port_fails_at_once() {
+    let daemon = Daemon::start(&["--batch-size", "8", "--max-images", "8"]);
+    for arguments in [
+        ["--listen", &daemon.grpc, "--admin-listen", "127.0.0.1:0"],
+        ["--listen", "127.0.0.1:0", "--admin-listen", &daemon.admin],
+    ] {
+        let (output, errors) = run_to_end(&arguments, &[]);
+        assert_eq!(output.status.code(), Some(1));
+        assert!(errors.contains("error: cannot listen on") && errors.contains("another"), "{errors}");
+    }
+    // The first one never noticed.
+    daemon.client().await.describe().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn health_and_reflection_are_the_standard_services() {
+    let daemon = Daemon::start(&["--batch-size", "8", "--max-images", "8"]);
+    let mut health = HealthClient::new(channel(&daemon).await);
+    for service in ["", SERVICE] {
+        let answer = health.check(check(service)).await.unwrap().into_inner();
+        assert_eq!(answer.status(), ServingStatus::Serving, "{service:?}");
+    }
+    assert_eq!(health.check(check("elsewhere")).await.unwrap_err().code(), Code::NotFound);
+
+    let mut reflection = ServerReflectionClient::new(channel(&daemon).await);
+    let ask = |message| ServerReflectionRequest { host: String::new(), message_request: Some(message) };
+    let questions =
+        [ask(MessageRequest::ListServices(String::new())), ask(MessageRequest::FileContainingSymbol(SERVICE.into()))];
+    let mut answers = reflection.server_reflection_info(stream::iter(questions)).await.unwrap().into_inner();
+    let listed = answers.message().await.unwrap().unwrap().message_response.unwrap();
+    let MessageResponse::ListServicesResponse(ListServiceResponse { service }) = listed else { panic!("{listed:?}") };
+    let names: Vec<&str> = service.iter().map(|service| service.name.as_str()).collect();
+    assert!(names.contains(&SERVICE) && names.contains(&"grpc.health.v1.Health"), "{names:?}");
+    let file = answers.message().await.unwrap().unwrap().message_response.unwrap();
+    assert!(matches!(file, MessageResponse::FileDescriptorResponse(_)), "{file:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn admin_pages_tell_how_it_goes() {
+    let daemon = Daemon::start(&["--batch-size", "8", "--max-images", "64", "--seed", "5"]);
+    let client = daemon.client().await;
+    assert_eq!(daemon.get("/livez"), (200, "ok\n".into()));
+    assert_eq!(daemon.get("/readyz"), (200, "ok\n".into()));
+    assert!(daemon.get("/").1.contains("/metrics"));
+    assert_eq!(daemon.get("/elsewhere").0, 404);
+    within(client.push_student(support::ARCH, student(2), 0, None)).await.unwrap();
+    daemon.wait_metric("dreamfeed_log_next_sequence", 64.0);
+    daemon.wait_metric("dreamfeed_log_chunks", 8.0);
+    daemon.wait_metric("dreamfeed_student_version_accepted", 1.0);
+    daemon.wait_metric("dreamfeed_pushes_total{outcome=\"accepted\"}", 1.0);
+    daemon.wait_metric("dreamfeed_engine_state{state=\"finished\"}", 1.0);
+    let text = daemon.get("/metrics").1;
+    assert!(text.contains("# HELP dreamfeed_subscribers Open streams."), "{text}");
+    assert!(text.contains("# TYPE dreamfeed_rpc_seconds histogram"), "{text}");
+    assert!(text.contains("dreamfeed_rpc_seconds_bucket{method=\"PushStudent\",code=\"OK\",le=\"0.05\"}"), "{text}");
+    for name in ["queue_capacity_chunks 2", "subscribers 0", "images_sent_total 0", "pushes_capacity 4"] {
+        assert!(text.contains(&format!("\ndreamfeed_{name}\n")), "{name}: {text}");
+    }
+}
+
+#[test]
+fn configuration_errors_come_all_together() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("dreamfeed.toml");
+    std::fs::write(&path, "max_stream = 3\n[synthesis]\niterations = \"many\"\n").unwrap();
+    let path = path.to_str().unwrap();
+    let (output, errors) = run_to_end(
+        &["--config", path, "--listen", "0.0.0.0:0", "--targets", "3,11", "--learning-rate=-1"],
+        &[("DREAMFEED_QUEUE_CHUNKS", "0"), ("DREAMFEED_NO_SUCH_THING", "1")],
+    );
+    assert_eq!(output.status.code(), Some(1));
+    assert!(errors.starts_with("error: the configuration has 7 problems:"), "{errors}");
+    for part in [
+        "dreamfeed.toml: max_stream: unknown key",
+        "dreamfeed.toml: synthesis.iterations: ",
+        "DREAMFEED_NO_SUCH_THING: unknown variable",
+        "--insecure-listen",
+        "queue_chunks is 0",
+        "class 11",
+        "learning_rate is -1",
+    ] {
+        assert!(errors.contains(part), "{part}: {errors}");
+    }
+    let (output, errors) = run_to_end(&["--no-such-flag"], &[]);
+    assert_eq!(output.status.code(), Some(2), "{errors}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_loopback_address_is_the_default_and_beyond_it_takes_a_flag() {
+    let daemon = Daemon::start(&["--batch-size", "8", "--max-images", "8"]);
+    assert!(daemon.grpc.starts_with("127.0.0.1:"));
+    let folder = tempfile::tempdir().unwrap();
+    let ready = folder.path().join("ready");
+    let mut command = serve_command(folder.path(), &["--listen", "0.0.0.0:0", "--admin-listen", "127.0.0.1:0"]);
+    let mut child =
+        command.arg("--insecure-listen").arg("--ready-file").arg(&ready).stderr(Stdio::null()).spawn().unwrap();
+    support::wait_for("the ready file", || ready.exists() || child.try_wait().unwrap().is_some());
+    let started = child.try_wait().unwrap().is_none();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(started);
+}

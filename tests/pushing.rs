@@ -1,0 +1,260 @@
+//! PushStudent and FetchStudent over real sockets: what is accepted, and every way to be refused.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+mod support;
+
+use bytes::Bytes;
+use dreamfeed::client::{Client, ClientError, Pushed, Start};
+use dreamfeed::proto;
+use dreamfeed::proto::push_student_request::Part;
+use futures_util::{StreamExt, stream};
+use safetensors::Dtype;
+use sha2::{Digest, Sha256};
+use support::{ARCH, CHANNELS, CLASSES, Daemon, Tensors, file, network, student, within};
+use tonic::Code;
+
+fn header(file: &Bytes) -> proto::PushStudentHeader {
+    proto::PushStudentHeader {
+        arch: ARCH.into(),
+        byte_length: file.len() as u64,
+        sha256: Sha256::digest(file).to_vec().into(),
+        trainer_step: 7,
+        replaces_version: None,
+    }
+}
+
+fn message(part: Part) -> proto::PushStudentRequest {
+    proto::PushStudentRequest { part: Some(part) }
+}
+
+async fn push(client: &Client, file: &Bytes) -> Result<Pushed, ClientError> {
+    within(client.push_student(ARCH, file.clone(), 7, None)).await
+}
+
+fn refusal(result: Result<Pushed, ClientError>) -> (Code, String) {
+    match result {
+        Err(ClientError::Status { status, .. }) => (status.code(), status.message().to_owned()),
+        other => panic!("not refused: {other:?}"),
+    }
+}
+
+/// The tensors of a good student, spoilt.
+fn spoilt(spoil: impl FnOnce(&mut Tensors)) -> Bytes {
+    let mut tensors = network(ARCH, CHANNELS, CLASSES, 9);
+    spoil(&mut tensors);
+    file(&tensors, &[])
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bad_push_is_refused_by_name_and_the_current_student_stays() {
+    let daemon = Daemon::start(&["--batch-size", "8", "--max-images", "8", "--max-student-bytes", "1MiB"]);
+    let client = daemon.client().await;
+    let good = student(2);
+    assert_eq!(push(&client, &good).await.unwrap(), Pushed { version: 1, already_current: false });
+
+    let nan = spoilt(|t| {
+        t.get_mut("layer2.0.conv1.weight").unwrap().2[8..12].copy_from_slice(&f32::NAN.to_le_bytes());
+    });
+    let misshapen = spoilt(|t| {
+        let bias = t.get_mut("layer1.0.bn1.bias").unwrap();
+        bias.1 = vec![15];
+        bias.2.truncate(60);
+    });
+    let dtype = spoilt(|t| {
+        let bias = t.get_mut("bn1.bias").unwrap();
+        bias.0 = Dtype::I32;
+    });
+    let missing = spoilt(|t| {
+        t.remove("layer3.0.bn2.running_var");
+    });
+    let extra = spoilt(|t| {
+        t.insert("layer9.weight".into(), (Dtype::F32, vec![1], vec![0; 4]));
+    });
+    let fewer = file(&network(ARCH, CHANNELS, CLASSES - 1, 3), &[]);
+    let colour = file(&network(ARCH, 3, CLASSES, 3), &[]);
+    let pickle = Bytes::from_static(b"\x80\x02}q\x00this is a pickle, not safetensors");
+    let by_file: [(&str, &Bytes, &[&str]); 8] = [
+        ("not_finite", &nan, &["layer2.0.conv1.weight", "element 2 is NaN"]),
+        ("misshapen", &misshapen, &["layer1.0.bn1.bias", "[15]", "[16]"]),
+        ("dtype", &dtype, &["bn1.bias", "I32"]),
+        ("missing", &missing, &["layer3.0.bn2.running_var"]),
+        ("extra", &extra, &["layer9.weight"]),
+        ("classes", &fewer, &["linear.weight", "9 outputs", "10 classes"]),
+        ("channels", &colour, &["conv1.weight", "3 input channels"]),
+        ("format", &pickle, &["safetensors"]),
+    ];
+    for (outcome, bytes, parts) in by_file {
+        let (code, text) = refusal(push(&client, bytes).await);
+        assert_eq!(code, Code::InvalidArgument, "{outcome}: {text}");
+        assert!(parts.iter().all(|part| text.contains(part)), "{outcome}: {text}");
+        daemon.wait_metric(&format!("dreamfeed_pushes_total{{outcome=\"{outcome}\"}}"), 1.0);
+    }
+
+    let mut flipped = good.to_vec();
+    flipped[good.len() / 2] ^= 4;
+    let large = proto::PushStudentHeader { byte_length: 1 << 40, ..header(&good) };
+    let unknown = proto::PushStudentHeader { arch: "vgg16".into(), ..header(&good) };
+    let long_name = proto::PushStudentHeader { arch: "r".repeat(1 << 20), ..header(&good) };
+    let short_digest = proto::PushStudentHeader { sha256: Bytes::from_static(&[1; 31]), ..header(&good) };
+    let replaces = |version| proto::PushStudentHeader { replaces_version: Some(version), ..header(&student(3)) };
+    let by_header: [(&str, Code, proto::PushStudentHeader, Bytes, &str); 9] = [
+        ("length", Code::InvalidArgument, header(&good), good.slice(..good.len() - 1), "ended after"),
+        ("length", Code::InvalidArgument, header(&good), [good.as_ref(), &[0]].concat().into(), "more than"),
+        ("digest", Code::InvalidArgument, header(&good), flipped.into(), "SHA-256"),
+        ("too_large", Code::ResourceExhausted, large, good.clone(), "at most 1048576"),
+        ("arch", Code::InvalidArgument, unknown, good.clone(), "vgg16"),
+        ("arch", Code::InvalidArgument, long_name, good.clone(), "arch has 1048576 bytes"),
+        ("header", Code::InvalidArgument, short_digest, good.clone(), "31 bytes"),
+        ("conflict", Code::FailedPrecondition, replaces(0), student(3), "current version is 1"),
+        ("conflict", Code::FailedPrecondition, replaces(2), student(3), "current version is 1"),
+    ];
+    for (outcome, expected, header, bytes, part) in by_header {
+        let (code, text) = refusal(within(client.push_raw(header, bytes)).await);
+        assert_eq!(code, expected, "{outcome}: {text}");
+        assert!(text.contains(part), "{outcome}: {text}");
+        assert!(daemon.metric(&format!("dreamfeed_pushes_total{{outcome=\"{outcome}\"}}")).unwrap() >= 1.0);
+    }
+
+    // Neither a header nor anything else first.
+    for messages in [
+        vec![],
+        vec![message(Part::Data(good.clone()))],
+        vec![message(Part::Header(header(&good))), message(Part::Header(header(&good)))],
+    ] {
+        let status = within(client.service().push_student(stream::iter(messages))).await.unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument, "{status}");
+    }
+
+    let current = client.describe().await.unwrap().student.unwrap();
+    assert_eq!((current.version, current.sha256.as_ref()), (1, Sha256::digest(&good).as_slice()));
+    daemon.wait_metric("dreamfeed_pushes_under_way", 0.0);
+    assert_eq!(push(&client, &student(4)).await.unwrap().version, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_name_is_told_within_what_a_header_can_carry() {
+    let daemon = Daemon::start(&["--batch-size", "8", "--max-images", "8"]);
+    let client = daemon.client().await;
+    let mut nothing = Tensors::new();
+    nothing.insert("ä".repeat(60_000), (Dtype::F32, vec![1], vec![0; 4]));
+    let empty = file(&nothing, &[]);
+    let (code, text) = refusal(within(client.push_student("resnet1202", empty, 0, None)).await);
+    assert_eq!(code, Code::InvalidArgument, "{text}");
+    assert!(text.contains("missing: conv1.weight") && text.contains("more"), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_same_bytes_twice_are_one_version() {
+    let daemon = Daemon::start(&["--batch-size", "8", "--max-images", "8"]);
+    let client = daemon.client().await;
+    let (a, b) = (student(2), student(3));
+    assert_eq!(push(&client, &a).await.unwrap(), Pushed { version: 1, already_current: false });
+    assert_eq!(push(&client, &a).await.unwrap(), Pushed { version: 1, already_current: true });
+    assert_eq!(within(client.push_student(ARCH, b.clone(), 8, Some(1))).await.unwrap().version, 2);
+    // A trainer that lost the answer repeats its push, and is not told of a conflict with itself.
+    let again = within(client.push_student(ARCH, b, 8, Some(1))).await.unwrap();
+    assert_eq!(again, Pushed { version: 2, already_current: true });
+    assert_eq!(push(&client, &a).await.unwrap(), Pushed { version: 3, already_current: false });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_two_that_replace_the_same_version_one_wins() {
+    let daemon = Daemon::start(&["--batch-size", "8", "--max-images", "8"]);
+    let mut pushes = tokio::task::JoinSet::new();
+    for seed in 2..6 {
+        let client = daemon.client().await;
+        pushes.spawn(async move { within(client.push_student(ARCH, student(seed), 0, Some(0))).await });
+    }
+    let results = pushes.join_all().await;
+    assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1, "{results:?}");
+    for refused in results.into_iter().filter(Result::is_err) {
+        assert_eq!(refusal(refused).0, Code::FailedPrecondition);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_student_comes_back_as_it_went() {
+    let daemon = Daemon::start(&["--batch-size", "8", "--max-images", "8", "--kept-students", "2"]);
+    let client = daemon.client().await;
+    assert!(client.fetch_student(0).await.unwrap().is_none());
+    // Wider than one piece of 1 MiB, and more classes than the teacher: continual learning.
+    let wide = file(&network("resnet18", CHANNELS, CLASSES + 2, 5), &[("note", "kept")]);
+    assert!(wide.len() > 40 << 20);
+    let pushed = within(client.push_student("resnet18", wide.clone(), 41, Some(0))).await.unwrap();
+    assert_eq!(pushed.version, 1);
+    let fetched = within(client.fetch_student(0)).await.unwrap().unwrap();
+    assert_eq!(fetched.checkpoint.bytes(), &wide);
+    assert_eq!((fetched.header.version, fetched.header.trainer_step), (1, 41));
+    assert_eq!((fetched.header.arch.as_str(), fetched.header.num_classes), ("resnet18", 12));
+
+    push(&client, &student(2)).await.unwrap();
+    assert_eq!(within(client.fetch_student(1)).await.unwrap().unwrap().checkpoint.bytes(), &wide);
+    push(&client, &student(3)).await.unwrap();
+    assert!(within(client.fetch_student(1)).await.unwrap().is_none());
+    assert!(within(client.fetch_student(4)).await.unwrap().is_none());
+    assert_eq!(within(client.fetch_student(0)).await.unwrap().unwrap().header.version, 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn images_keep_coming_while_students_are_pushed_and_come_to_know_them() {
+    let daemon = Daemon::start(&["--batch-size", "4"]);
+    let client = daemon.client().await;
+    let mut batches = client.stream(Start::Latest).await.unwrap();
+    let mut next = None;
+    for version in 1..=3u64 {
+        assert_eq!(push(&client, &student(version)).await.unwrap().version, version);
+        // Until an image says that it was made against this version.
+        loop {
+            let batch = within(batches.next()).await.unwrap().unwrap();
+            assert!(next.is_none_or(|next| next == batch.first_sequence), "an image was skipped or repeated");
+            next = Some(batch.first_sequence + batch.count as u64);
+            assert!(batch.current_student_version <= version);
+            let versions = batch.student_version().unwrap();
+            assert!(versions.iter().all(|seen| (0..=version as i64).contains(seen)));
+            if versions.iter().all(|seen| *seen == version as i64) {
+                assert_eq!(batch.current_student_version, version);
+                break;
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idle_push_is_abandoned_and_a_vanished_one_frees_its_place() {
+    let daemon =
+        Daemon::start(&["--batch-size", "8", "--max-images", "8", "--max-pushes", "1", "--push-idle-timeout", "2s"]);
+    let client = daemon.client().await;
+    let good = student(2);
+    let begin = || vec![message(Part::Header(header(&good))), message(Part::Data(good.slice(..1000)))];
+
+    // Vanishes in the middle: the only slot is held, then free again.
+    let endless = stream::iter(begin()).chain(stream::pending());
+    let other = daemon.client().await;
+    let vanishing = tokio::spawn(async move { other.service().push_student(endless).await });
+    daemon.wait_metric("dreamfeed_pushes_under_way", 1.0);
+    let busy = push(&client, &good).await;
+    vanishing.abort();
+    daemon.wait_metric("dreamfeed_pushes_under_way", 0.0);
+    // Whether the second push met the first or its idle time-out is for the scheduler to say.
+    match busy {
+        Ok(_) => {}
+        busy => assert_eq!(refusal(busy).0, Code::ResourceExhausted),
+    }
+
+    // Says nothing more: ends by the time-out, and so does one whose messages are empty.
+    let silent = stream::iter(begin()).chain(stream::pending());
+    let status = within(client.service().push_student(silent)).await.unwrap_err();
+    assert_eq!(status.code(), Code::DeadlineExceeded, "{status}");
+    let hollow =
+        stream::iter(begin()).chain(stream::repeat_with(|| message(Part::Data(Bytes::new()))).then(|m| async {
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+            m
+        }));
+    let status = within(client.service().push_student(hollow)).await.unwrap_err();
+    assert_eq!(status.code(), Code::DeadlineExceeded, "{status}");
+    // One that never sends its header, too.
+    let status = within(client.service().push_student(stream::pending())).await.unwrap_err();
+    assert_eq!(status.code(), Code::DeadlineExceeded, "{status}");
+    daemon.wait_metric("dreamfeed_pushes_under_way", 0.0);
+    assert!(push(&client, &good).await.is_ok());
+}
