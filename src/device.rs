@@ -8,6 +8,8 @@ use std::sync::Once;
 use serde::{Deserialize, Serialize};
 use tch::{Cuda, Device};
 
+use crate::native;
+
 /// Where to run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -108,19 +110,8 @@ fn load_cuda_library() {
         if !["/dev/nvidiactl", "/dev/dxg"].iter().any(|path| Path::new(path).exists()) {
             return;
         }
-        if let Err(error) = load_and_keep("libtorch_cuda.so") {
+        if let Err(error) = native::load_and_keep("libtorch_cuda.so") {
             tracing::warn!(%error, "an NVIDIA driver is there, but libtorch_cuda.so cannot be loaded; running on the CPU");
         }
     });
-}
-
-/// The only unsafe code of the crate.
-#[allow(unsafe_code)]
-fn load_and_keep(name: &str) -> Result<(), libloading::Error> {
-    // SAFETY: loading runs the library's initializers. This is libtorch's own library, of the version this program is
-    // linked to (the loader finds it along the same path), and PyTorch itself loads it the same way at start. It is
-    // never unloaded: `forget` keeps the code that it registered mapped for the life of the process.
-    let library = unsafe { libloading::Library::new(name)? };
-    std::mem::forget(library);
-    Ok(())
 }

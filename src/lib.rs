@@ -8,6 +8,7 @@ pub mod engine;
 pub mod grid;
 pub mod log;
 pub mod model;
+pub mod native;
 pub mod server;
 pub mod students;
 pub mod synthesis;

@@ -27,6 +27,7 @@ enum Command {
 
 /// Parses the process's arguments and does what they say. Usage errors end the process with code 2.
 pub fn run() -> anyhow::Result<()> {
+    crate::native::keep_freed_memory();
     match Cli::parse().command {
         Command::Serve(args) => serve::run(*args),
         Command::Distill(args) => distill::run(*args),
