@@ -14,7 +14,7 @@ use support::{Daemon, LONG, serve_command, student, within};
 use tonic::Code;
 use tonic::transport::{Channel, Endpoint};
 use tonic_health::pb::health_client::HealthClient;
-use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus};
+use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse, health_check_response::ServingStatus};
 use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
 use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
 use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
@@ -28,6 +28,11 @@ fn check(service: &str) -> HealthCheckRequest {
 
 async fn channel(daemon: &Daemon) -> Channel {
     Endpoint::from_shared(format!("http://{}", daemon.grpc)).unwrap().connect().await.unwrap()
+}
+
+/// Until health says so: it follows readiness within milliseconds, but it follows.
+async fn serving(watch: &mut tonic::Streaming<HealthCheckResponse>) {
+    while within(watch.message()).await.unwrap().unwrap().status() != ServingStatus::Serving {}
 }
 
 fn run_to_end(arguments: &[&str], variables: &[(&str, &str)]) -> (Output, String) {
@@ -48,7 +53,7 @@ async fn sigterm_ends_streams_and_pushes_cleanly_and_exits_zero() {
     let pusher = daemon.client().await;
     let push = tokio::spawn(async move { pusher.service().push_student(stream::pending()).await });
     let mut watch = HealthClient::new(channel(&daemon).await).watch(check(SERVICE)).await.unwrap().into_inner();
-    assert_eq!(watch.message().await.unwrap().unwrap().status(), ServingStatus::Serving);
+    serving(&mut watch).await;
     daemon.wait_metric("dreamfeed_subscribers", 2.0);
 
     let told = Instant::now();
@@ -150,6 +155,7 @@ async fn health_and_reflection_are_the_standard_services() {
     let daemon = Daemon::start(&["--batch-size", "8", "--max-images", "8"]);
     let mut health = HealthClient::new(channel(&daemon).await);
     for service in ["", SERVICE] {
+        serving(&mut health.watch(check(service)).await.unwrap().into_inner()).await;
         let answer = health.check(check(service)).await.unwrap().into_inner();
         assert_eq!(answer.status(), ServingStatus::Serving, "{service:?}");
     }
