@@ -320,9 +320,8 @@ impl Config {
         // Without a teacher its classes cannot be judged, but everything else can.
         let classes = teacher.as_ref().map_or(usize::MAX, |teacher| teacher.spec.num_classes);
         let settings = options.synthesis.resolve(classes);
-        match &settings {
-            Err(all) => problems.extend(all.iter().map(|problem| format!("synthesis: {problem}"))),
-            Ok(_) => {}
+        if let Err(all) = &settings {
+            problems.extend(all.iter().map(|problem| format!("synthesis: {problem}")));
         }
         let teacher = teacher.map_err(|problem| problems.push(problem)).ok()?;
 

@@ -93,7 +93,7 @@ metrics! {
     IMAGES_SENT = "dreamfeed_images_sent_total", Kind::Counter, Count, "Images sent, over all streams.";
     BYTES_SENT = "dreamfeed_bytes_sent_total", Kind::Counter, Bytes, "Payload bytes sent, over all streams.";
     PUSHES = "dreamfeed_pushes_total", Kind::Counter, Count,
-        "Pushes ended. outcome: accepted, already_current, header, length, digest, format, arch, missing, extra, \
+        "Pushes ended. outcome: accepted, already_current, header, length (also most clients that vanish), digest, format, arch, missing, extra, \
          misshapen, dtype, not_finite, channels, classes, too_large, conflict, idle, busy, cancelled, unavailable, \
          internal.";
     PUSHES_UNDER_WAY = "dreamfeed_pushes_under_way", Kind::Gauge, Count, "Pushes that hold a slot.";

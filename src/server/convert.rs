@@ -9,7 +9,7 @@ use crate::log::{CursorError, Extent, Log};
 use crate::model::source::NetworkSource;
 use crate::proto;
 use crate::proto::stream_start::Position;
-use crate::students::{PushError, PushHeader, Student};
+use crate::students::{PushError, PushHeader, Student, beginning};
 
 /// Bytes of a status message. It travels percent-encoded in an HTTP/2 header, which grpcio caps at 8 KiB.
 const MESSAGE_BYTES: usize = 2000;
@@ -20,8 +20,8 @@ pub(super) fn status(code: Code, message: &str) -> Status {
     if line.len() <= MESSAGE_BYTES {
         return Status::new(code, line);
     }
-    let cut = line.floor_char_boundary(MESSAGE_BYTES);
-    Status::new(code, format!("{}... ({} bytes more)", &line[..cut], line.len() - cut))
+    let kept = beginning(&line, MESSAGE_BYTES);
+    Status::new(code, format!("{kept}... ({} bytes more)", line.len() - kept.len()))
 }
 
 pub(super) fn teacher(source: &NetworkSource) -> proto::Teacher {

@@ -1,5 +1,7 @@
 //! `FetchStudent`: a header, then the file in pieces that share its memory.
 
+use std::sync::Arc;
+
 use futures_util::stream::{self, BoxStream, StreamExt};
 use tonic::{Code, Status};
 
@@ -14,7 +16,7 @@ const PIECE_BYTES: usize = 1 << 20;
 /// What a call to `FetchStudent` answers with.
 pub(super) type Responses = BoxStream<'static, Result<FetchStudentResponse, Status>>;
 
-pub(super) async fn open(context: &Context, request: FetchStudentRequest) -> Result<Responses, Status> {
+pub(super) async fn open(context: &Arc<Context>, request: FetchStudentRequest) -> Result<Responses, Status> {
     context.accept()?;
     let current = context.students.current();
     let student = match (request.version, current) {
@@ -32,8 +34,15 @@ pub(super) async fn open(context: &Context, request: FetchStudentRequest) -> Res
         .step_by(PIECE_BYTES)
         .map(move |start| Part::Data(file.slice(start..file.len().min(start + PIECE_BYTES))));
     let parts = std::iter::once(header).chain(pieces);
-    let responses = stream::iter(parts.map(|part| Ok(FetchStudentResponse { part: Some(part) })));
-    // A fetch is short; a client that stops reading in the middle of one must not outlast a drain by it.
-    let closing = context.closing.clone();
-    Ok(responses.take_until(async move { closing.cancelled().await }).boxed())
+    let closing = context.clone();
+    let responses = stream::unfold(Some(parts), move |parts| {
+        let next = parts.and_then(|mut parts| match parts.next() {
+            // A file cut short must not look like a whole one.
+            Some(_) if closing.closing.is_cancelled() => Some((Err(closing.closing_status()), None)),
+            Some(part) => Some((Ok(FetchStudentResponse { part: Some(part) }), Some(parts))),
+            None => None,
+        });
+        std::future::ready(next)
+    });
+    Ok(responses.boxed())
 }

@@ -27,7 +27,7 @@ use crate::synthesis::batch::DreamBatch;
 use crate::telemetry;
 
 /// The largest message a client may send: a piece of a student of 4 MiB is advised, more is tolerated.
-const MAX_REQUEST_BYTES: usize = 16 << 20;
+pub(super) const MAX_REQUEST_BYTES: usize = 16 << 20;
 /// What a client may send ahead: the server's windows bound the rate of pushes over long distances.
 const STREAM_WINDOW: u32 = 4 << 20;
 const CONNECTION_WINDOW: u32 = 16 << 20;

@@ -9,6 +9,7 @@ use tonic::{Code, Status, Streaming};
 
 use super::context::Context;
 use super::convert;
+use super::lifecycle::MAX_REQUEST_BYTES;
 use crate::proto::push_student_request::Part;
 use crate::proto::{PushStudentRequest, PushStudentResponse};
 use crate::students::{Push, PushError};
@@ -32,6 +33,8 @@ enum Failure {
     Refused(PushError),
     /// No message came, or not all of them, in time.
     Late(String),
+    /// One message is too large.
+    LargeMessage,
     /// The client broke off, or what it sent could not be read.
     Broken(Status),
     /// The daemon is going.
@@ -62,6 +65,11 @@ pub(super) async fn push_student(
         Ok(response) => ("accepted", Ok(response)),
         Err(Failure::Refused(error)) => (error.reason(), Err(convert::push_status(&error))),
         Err(Failure::Late(message)) => ("idle", Err(convert::status(Code::DeadlineExceeded, &message))),
+        Err(Failure::LargeMessage) => {
+            let limit = MAX_REQUEST_BYTES >> 20;
+            let message = format!("a message is larger than {limit} MiB; send the file in pieces of at most 4 MiB");
+            ("too_large", Err(convert::status(Code::ResourceExhausted, &message)))
+        }
         Err(Failure::Broken(status)) => ("cancelled", Err(status)),
         Err(Failure::Closing) => ("unavailable", Err(context.closing_status())),
     };
@@ -131,6 +139,8 @@ impl Incoming {
                     None => {}
                 },
                 Ok(Ok(None)) => return Ok(None),
+                // tonic's word for a message above our limit.
+                Ok(Err(status)) if status.code() == Code::OutOfRange => return Err(Failure::LargeMessage),
                 Ok(Err(status)) => return Err(Failure::Broken(status)),
                 Err(_) if Instant::now() >= self.end => {
                     return Err(Failure::Late(format!(

@@ -31,7 +31,8 @@ pub(super) fn open(context: &Arc<Context>, request: &StreamRequest) -> Result<Re
         convert::status(Code::ResourceExhausted, &message)
     })?;
     let subscriber = Subscriber::new(permit);
-    let reader = Reader { context: context.clone(), news: context.log.watch(), position, subscriber };
+    let news = context.log.watch();
+    let reader = Reader { context: context.clone(), news, position, begun: false, subscriber };
     let responses = stream::unfold(Some(reader), |reader| async {
         let mut reader = reader?;
         match reader.next().await {
@@ -67,6 +68,7 @@ struct Reader {
     context: Arc<Context>,
     news: watch::Receiver<u64>,
     position: u64,
+    begun: bool,
     subscriber: Subscriber,
 }
 
@@ -78,7 +80,7 @@ impl Reader {
             }
             // Seen before the read: what is appended after it wakes the wait below.
             self.news.borrow_and_update();
-            match self.context.log.read(self.position) {
+            match self.read().await {
                 Read::Chunk(chunk) => return Ok(self.send(&chunk)),
                 Read::Overtaken { first_sequence } => {
                     self.subscriber.end = "overtaken";
@@ -96,6 +98,16 @@ impl Reader {
                 _ = tokio::time::timeout(Duration::from_secs(60), self.news.changed()) => {}
             }
         }
+    }
+
+    /// Only the first read can begin inside a chunk, whose rest is then encoded anew: work for another thread.
+    async fn read(&mut self) -> Read {
+        let (log, position) = (self.context.log.clone(), self.position);
+        if std::mem::replace(&mut self.begun, true) {
+            return log.read(position);
+        }
+        let wait = |_| Read::Wait;
+        tokio::task::spawn_blocking(move || log.read(position)).await.unwrap_or_else(wait)
     }
 
     fn close(&mut self) -> Status {

@@ -161,12 +161,18 @@ impl From<SpecError> for PushError {
     }
 }
 
+/// The longest beginning of a text that has at most `bytes` bytes and cuts no character.
+pub(crate) fn beginning(text: &str, bytes: usize) -> &str {
+    let end = (0..=bytes.min(text.len())).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
+    &text[..end]
+}
+
 /// At most [`NAME_BYTES`] of a name.
 fn clip(name: &str) -> String {
-    if name.len() <= NAME_BYTES {
-        return name.to_owned();
+    match beginning(name, NAME_BYTES) {
+        whole if whole.len() == name.len() => whole.to_owned(),
+        beginning => format!("{beginning}..."),
     }
-    format!("{}…", &name[..name.floor_char_boundary(NAME_BYTES)])
 }
 
 fn describe(mismatch: &Mismatch) -> String {

@@ -17,6 +17,7 @@ use crate::model::checkpoint::Checkpoint;
 use crate::model::spec::NetworkSpec;
 
 pub use error::PushError;
+pub(crate) use error::beginning;
 pub use push::{Push, PushHeader};
 use versions::Versions;
 
