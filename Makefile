@@ -19,7 +19,7 @@ say = printf '\033[1m==> %s\033[0m\n'
 
 .PHONY: help
 help: ## Show this list
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: setup
 setup: $(VENV)/.stamp ## Install PyTorch (for its libtorch) and the Python tools into .venv; a C++ compiler if root
@@ -92,6 +92,29 @@ lint: $(VENV)/.stamp ## Check formats and lints: rustfmt, clippy, ruff, buf
 bench: build ## The time of a synthesis step beside plain PyTorch
 	@$(say) "bench: one optimizer step, Dreamfeed and plain PyTorch in turn"
 	@$(PYTHON) benches/step.py
+
+	@$(say) "bench: a unary RPC while the engine saturates the machine"
+	@$(PYTHON) benches/latency.py
+
+# What the figures in BENCHMARKS.md were measured on; any teacher and labelled file in CIFAR format do.
+MODELS ?= ../shared/models
+BENCH_TEACHER ?= $(MODELS)/cifar_resnet20_jpeg.safetensors
+BENCH_VERIFIER ?= $(MODELS)/cifar_resnet56_jpeg.safetensors
+BENCH_DATA ?= ../shared/data/cifar10-jpeg/test_batch.bin
+BENCH_MINUTES ?= 30
+NORMALIZATION := --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225
+
+.PHONY: bench-dreams
+bench-dreams: build ## 256 images of the CIFAR teacher by DeepInversion in 2,000 steps: time, and who recognizes them
+	@$(say) "bench-dreams: about a quarter of an hour on two cores"
+	@target/release/dreamfeed dream --teacher $(BENCH_TEACHER) --arch resnet20 $(NORMALIZATION) \
+	  --preset cifar10 --compete-weight 0 --batch-size 256 --images 256 --iterations 2000 --seed 1 \
+	  --verifier $(BENCH_VERIFIER) --verifier-arch resnet56 --grid out/bench/dreams.png
+
+.PHONY: bench-distill
+bench-distill: build ## The CIFAR teacher to a random ResNet-20, BENCH_MINUTES (30) by the clock, accuracy on real pictures
+	@$(say) "bench-distill: $(BENCH_MINUTES) minutes"
+	@$(PYTHON) benches/distill.py --teacher $(BENCH_TEACHER) --data $(BENCH_DATA) --minutes $(BENCH_MINUTES)
 
 .PHONY: serve
 serve: build ## Run the daemon: TEACHER=FILE (default: the demo's), SERVE_FLAGS="..."

@@ -61,8 +61,8 @@ class Outcome:
 
 
 def environment() -> dict[str, str]:
-    """One thread a process, and idle OpenMP threads sleep: two processes share two cores."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    """Idle OpenMP threads sleep instead of spinning: two processes share two cores."""
+    return os.environ | {"OMP_WAIT_POLICY": "passive"}
 
 
 def require_binary() -> None:
@@ -80,7 +80,9 @@ def train_teacher(out: Path) -> tuple[Path, Path]:
 
 def evaluate(model: Path, test: Path) -> float:
     """The accuracy of a network's file on labelled pictures, 0..1."""
-    command = [str(BINARY), "evaluate", "--model", str(model), "--data", str(test), "--json"]
+    command = [
+        *(str(BINARY), "evaluate", "--model", str(model), "--data", str(test), "--threads", "1", "--json")
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
     if done.returncode != 0:
         raise RunError(f"{' '.join(command)} exited with {done.returncode}: {done.stderr.strip()}")
@@ -147,7 +149,7 @@ class Daemon:
         raise RunError(f"the daemon {after} SIGTERM; {self.log} ends:\n{_tail(self.log)}")
 
 
-def distill(daemon: Daemon, test: Path, out: Path, budget: Budget) -> dict:
+def distill(daemon: Daemon, test: Path, out: Path, flags: list[str]) -> dict:
     """Runs the trainer to its end, its progress lines passed through; returns its own summary."""
     summary, student, grid = out / "distill.json", out / "student.safetensors", out / "dreams.png"
     for stale in (summary, student, grid):
@@ -156,15 +158,9 @@ def distill(daemon: Daemon, test: Path, out: Path, budget: Budget) -> dict:
         str(BINARY),
         "distill",
         *("--connect", f"http://{daemon.grpc}"),
-        *("--arch", budget.arch),
-        *("--test-data", str(test)),
-        *("--steps", str(budget.steps), "--steps-per-batch", str(budget.steps_per_batch)),
-        *("--batch-size", str(budget.train_batch_size)),
-        *("--learning-rate", str(budget.learning_rate), "--temperature", str(budget.temperature)),
-        *("--push-every", str(budget.steps_per_batch)),
-        *("--augment", budget.augment),
-        *("--seed", str(budget.seed), "--threads", "1"),
+        *("--test-data", str(test), "--threads", "1"),
         *("--out", str(student), "--summary", str(summary), "--grid", str(grid)),
+        *flags,
     ]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
@@ -214,7 +210,20 @@ def run(teacher: Path, test: Path, out: Path, budget: Budget, synthesis: list[st
     began = time.monotonic()
     with Daemon(teacher, out, flags) as daemon:
         print(f"daemon: serving on {daemon.grpc} (its log: {daemon.log})", flush=True)
-        trainer = distill(daemon, test, out, budget)
+        trainer = distill(
+            daemon,
+            test,
+            out,
+            [
+                *("--arch", budget.arch),
+                *("--steps", str(budget.steps), "--steps-per-batch", str(budget.steps_per_batch)),
+                *("--batch-size", str(budget.train_batch_size)),
+                *("--learning-rate", str(budget.learning_rate), "--temperature", str(budget.temperature)),
+                *("--push-every", str(budget.steps_per_batch)),
+                *("--augment", budget.augment),
+                *("--seed", str(budget.seed)),
+            ],
+        )
     return Outcome(
         accuracy=float(trainer["accuracy"]),
         images_dreamed=int(trainer["images_received"]),

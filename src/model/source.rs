@@ -81,7 +81,7 @@ pub enum SourceError {
         /// The file.
         path: PathBuf,
         /// What does not fit.
-        source: SpecError,
+        source: Box<SpecError>,
     },
     /// Neither metadata nor flags tell the architecture.
     #[error("{0}: the file does not name its architecture in its metadata; pass --arch, for example --arch resnet20")]
@@ -138,7 +138,7 @@ impl NetworkSource {
         let arch =
             options.arch.as_ref().or(meta("arch")).ok_or_else(|| SourceError::NoArch(path.to_owned()))?.clone();
         let spec = NetworkSpec::from_checkpoint(&arch, &checkpoint)
-            .map_err(|source| SourceError::Spec { path: path.to_owned(), source })?;
+            .map_err(|source| SourceError::Spec { path: path.to_owned(), source: Box::new(source) })?;
         checkpoint.check_finite()?;
 
         let (Some(mean), Some(std)) = (list(&options.mean, "mean")?, list(&options.std, "std")?) else {

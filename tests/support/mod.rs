@@ -75,7 +75,10 @@ pub fn serve_command(folder: &Path, arguments: &[&str]) -> Command {
         }
     }
     command.arg("serve").arg("--teacher").arg(write_teacher(folder));
-    command.args(["--synthesizer", "noise", "--device", "cpu", "--threads", "1"]);
+    command.args(["--device", "cpu", "--threads", "1"]);
+    if !arguments.contains(&"--synthesizer") {
+        command.args(["--synthesizer", "noise"]);
+    }
     command.args(arguments);
     command
 }

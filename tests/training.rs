@@ -1,0 +1,214 @@
+//! The loop itself, from outside: images that come to know the student, trainers that live through restarts, and the
+//! local tools.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+mod support;
+
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+
+use dreamfeed::client::{Client, Start};
+use futures_util::StreamExt;
+use support::{
+    ARCH, CHANNELS, CLASSES, Daemon, file, network, serve_command, student, wait_for, within, write_teacher,
+};
+
+const ADI: [&str; 8] = ["--synthesizer", "adi", "--preset", "digits", "--batch-size", "8", "--iterations", "4"];
+
+fn dreamfeed(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dreamfeed"));
+    command.args(arguments).stdin(Stdio::null());
+    command
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+fn succeeded(output: Output) -> String {
+    assert!(output.status.success(), "{}\n{}", text(&output.stdout), text(&output.stderr));
+    text(&output.stdout)
+}
+
+fn adaptive(arguments: &[&str]) -> Daemon {
+    Daemon::start(&[&ADI, arguments].concat())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn images_become_adaptive_with_the_first_push_and_say_so() {
+    let daemon = adaptive(&[]);
+    let client = daemon.client().await;
+    let mut stream = client.stream(Start::Earliest).await.unwrap();
+    let first = within(stream.next()).await.unwrap().unwrap();
+    assert_eq!(first.student_version().unwrap(), [0; 8]);
+    assert_eq!(first.competition().unwrap(), [0.0; 8]);
+    let mut labels = first.labels().unwrap();
+    labels.sort_unstable();
+    labels.dedup();
+    assert_eq!(labels.len(), 8, "eight images of ten balanced classes are of eight classes");
+
+    assert_eq!(client.push_student(ARCH, student(2), 7, None).await.unwrap().version, 1);
+    loop {
+        let batch = within(stream.next()).await.unwrap().unwrap();
+        if batch.student_version().unwrap() == [1; 8] {
+            let competition = batch.competition().unwrap();
+            assert!(competition.iter().all(|js| *js > 0.0 && *js <= std::f32::consts::LN_2), "{competition:?}");
+            break;
+        }
+    }
+    daemon.wait_metric("dreamfeed_student_version_adopted", 1.0);
+    daemon.wait_metric("dreamfeed_student_adoption_seconds_count", 1.0);
+    assert!(daemon.metric("dreamfeed_loss{term=\"compete\"}").is_some());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_turns_non_finite_is_dropped_and_the_daemon_goes_on() {
+    let daemon = adaptive(&["--learning-rate", "1e38", "--clip", "false"]);
+    let series = "dreamfeed_synthesis_runs_total{outcome=\"non_finite\"}";
+    wait_for("dropped runs", || daemon.metric(series).is_some_and(|runs| runs >= 2.0));
+    let description = daemon.client().await.describe().await.unwrap();
+    assert_eq!(description.log.unwrap().next_sequence, 0);
+    assert_eq!(daemon.get("/readyz").0, 200);
+    assert!(daemon.log().contains("not finite"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn max_images_is_exact() {
+    let daemon = adaptive(&["--max-images", "20"]);
+    let mut stream = daemon.client().await.stream(Start::Earliest).await.unwrap();
+    let mut counts = Vec::new();
+    while counts.iter().sum::<usize>() < 20 {
+        counts.push(within(stream.next()).await.unwrap().unwrap().count);
+    }
+    assert_eq!(counts, [8, 8, 4]);
+    daemon.wait_metric("dreamfeed_engine_state{state=\"finished\"}", 1.0);
+}
+
+fn distill(connect: &str, folder: &Path, arguments: &[&str]) -> Child {
+    let mut command = dreamfeed(&["distill", "--connect", connect, "--threads", "1", "--device", "cpu"]);
+    command.args(["--batch-size", "8", "--min-images", "8", "--augment", "shift:1", "--push-every", "2", "--json"]);
+    command.arg("--out").arg(folder.join("student.safetensors"));
+    command.args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+fn summary(trainer: Child) -> serde_json::Value {
+    serde_json::from_str(&succeeded(trainer.wait_with_output().unwrap())).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_trainer_lives_through_a_restart_of_the_daemon() {
+    // Paced to one step a batch, the first daemon's 8 batches are not enough for 12 steps.
+    let flags = ["--batch-size", "8", "--max-images", "64"];
+    let mut first = Daemon::start(&flags);
+    let folder = tempfile::tempdir().unwrap();
+    let trainer = distill(&first.grpc, folder.path(), &["--steps", "12", "--steps-per-batch", "1"]);
+    let client = first.client().await;
+    wait_for("the trainer's eighth step", || {
+        first.metric("dreamfeed_pushes_total{outcome=\"accepted\"}").is_some_and(|pushes| pushes >= 4.0)
+    });
+    assert_eq!(client.describe().await.unwrap().student.unwrap().trainer_step, 8);
+    first.signal("KILL");
+    first.wait_exit();
+
+    let again = tempfile::tempdir().unwrap();
+    let mut command = serve_command(again.path(), &flags);
+    command.args(["--listen", &first.grpc, "--admin-listen", "127.0.0.1:0"]).stderr(Stdio::null());
+    let mut second = command.spawn().unwrap();
+    let summary = summary(trainer);
+    assert_eq!(summary["steps"], 12);
+    assert!(summary["reconnects"].as_u64().unwrap() >= 1, "{summary}");
+    let student = Client::connect(&first.grpc).await.unwrap().describe().await.unwrap().student.unwrap();
+    assert_eq!(student.trainer_step, 12, "the new daemon has the final student");
+    second.kill().unwrap();
+    second.wait().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_training_resumes_from_its_checkpoint() {
+    let daemon = Daemon::start(&["--batch-size", "8", "--max-images", "32"]);
+    let folder = tempfile::tempdir().unwrap();
+    let state = folder.path().join("state.safetensors");
+    let run = |steps: &str| {
+        summary(distill(&daemon.grpc, folder.path(), &["--steps", steps, "--checkpoint", state.to_str().unwrap()]))
+    };
+    assert_eq!(run("5")["images_consumed"], 40);
+    let resumed = run("9");
+    assert_eq!((&resumed["steps"], &resumed["images_consumed"]), (&9.into(), &72.into()));
+    // The student loads anywhere without flags, and the daemon holds the same weights.
+    let fetched = daemon.client().await.fetch_student(0).await.unwrap().unwrap();
+    let written = dreamfeed::model::checkpoint::Checkpoint::open(&folder.path().join("student.safetensors")).unwrap();
+    assert_eq!(fetched.checkpoint.identity(), written.identity());
+    assert_eq!(written.metadata()["image_size"], "8,8");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_signal_ends_a_training_with_everything_saved() {
+    let daemon = Daemon::start(&["--batch-size", "8", "--max-images", "16"]);
+    let folder = tempfile::tempdir().unwrap();
+    let trainer = distill(&daemon.grpc, folder.path(), &["--steps", "1000000"]);
+    wait_for("a push", || daemon.metric("dreamfeed_pushes_total{outcome=\"accepted\"}").is_some());
+    Command::new("kill").arg(trainer.id().to_string()).status().unwrap();
+    let summary = summary(trainer);
+    assert_eq!(summary["complete"], false);
+    assert!(folder.path().join("student.safetensors").exists());
+}
+
+#[test]
+fn evaluate_counts_what_the_network_gets_right() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = write_teacher(folder.path());
+    let data = folder.path().join("data.bin");
+    // The network answers with one class for black pictures; labelled 0..9 exactly one of ten is right.
+    let records: Vec<u8> = (0..10u8).flat_map(|class| std::iter::once(class).chain([0; 64])).collect();
+    std::fs::write(&data, &records).unwrap();
+    let run = |more: &[&str]| {
+        let mut command = dreamfeed(&["evaluate", "--json", "--device", "cpu", "--model"]);
+        command.arg(&model).arg("--data").arg(&data).args(more).output().unwrap()
+    };
+    let result: serde_json::Value = serde_json::from_str(&succeeded(run(&[]))).unwrap();
+    assert_eq!(result, serde_json::json!({ "accuracy": 0.1, "count": 10 }));
+
+    std::fs::write(&data, &records[1..]).unwrap();
+    let error = text(&run(&[]).stderr);
+    assert!(error.contains("649 bytes") && error.contains("65 bytes"), "{error}");
+    let error = text(&run(&["--arch", "resnet9000"]).stderr);
+    assert!(error.contains("resnet9000") && error.contains("resnet20"), "{error}");
+}
+
+#[test]
+fn a_teacher_that_does_not_fit_is_refused_with_every_tensor_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut tensors = network(ARCH, CHANNELS, CLASSES, 1);
+    tensors.remove("layer1.0.bn2.running_var").unwrap();
+    let extra = tensors["bn1.weight"].clone();
+    tensors.insert("layer9.stray".into(), extra);
+    let head = tensors.get_mut("linear.bias").unwrap();
+    head.1 = vec![1, 10];
+    let path = folder.path().join("teacher.safetensors");
+    std::fs::write(&path, file(&tensors, &[("arch", ARCH), ("mean", "0.5"), ("std", "0.25")])).unwrap();
+    let output = dreamfeed(&["dream", "--teacher", path.to_str().unwrap()]).output().unwrap();
+    let error = text(&output.stderr);
+    assert!(!output.status.success());
+    for part in ["missing: layer1.0.bn2.running_var", "extra: layer9.stray", "linear.bias is [1, 10], expected [10]"]
+    {
+        assert!(error.contains(part), "{part:?} is not in {error}");
+    }
+}
+
+#[test]
+fn dream_makes_images_and_a_grid_that_a_seed_decides() {
+    let folder = tempfile::tempdir().unwrap();
+    let teacher = write_teacher(folder.path());
+    let run = |seed: &str, grid: &Path| {
+        let mut command = dreamfeed(&["dream", "--json", "--device", "cpu", "--threads", "1", "--teacher"]);
+        command.arg(&teacher).args(ADI).args(["--seed", seed, "--targets", "3,4", "--grid"]).arg(grid);
+        let report: serde_json::Value = serde_json::from_str(&succeeded(command.output().unwrap())).unwrap();
+        assert_eq!(report["images"], 8);
+        std::fs::read(grid).unwrap()
+    };
+    let path = |name: &str| folder.path().join(name);
+    let (one, same, other) = (run("1", &path("a.png")), run("1", &path("b.png")), run("2", &path("c.png")));
+    assert!(one.starts_with(b"\x89PNG"));
+    assert_eq!(one, same);
+    assert_ne!(one, other);
+}
