@@ -22,7 +22,7 @@ pub struct Args {
 #[derive(Debug, clap::Subcommand)]
 enum What {
     /// The time of one optimizer step, all terms.
-    Synth(SynthArgs),
+    Synth(Box<SynthArgs>),
     /// The time that a daemon takes to answer a unary RPC, while it does whatever it does.
     Rpc(RpcArgs),
 }
@@ -104,7 +104,7 @@ impl Surroundings for Timing {
 /// Runs the subcommand.
 pub fn run(args: Args) -> anyhow::Result<()> {
     match args.what {
-        What::Synth(args) => synth(args),
+        What::Synth(args) => synth(*args),
         What::Rpc(args) => rpc(&args),
     }
 }

@@ -74,7 +74,9 @@ impl Surroundings for Watching {
     }
 
     fn step_done(&mut self, report: StepReport) {
-        if let Some(losses) = report.losses.filter(|_| report.step % 100 == 0 || report.step + 1 == self.steps) {
+        if let Some(losses) =
+            report.losses.filter(|_| report.step.is_multiple_of(100) || report.step + 1 == self.steps)
+        {
             let terms: Vec<String> = losses.terms.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
             let seconds = self.began.elapsed().as_secs_f64();
             eprintln!("step {:>5}  {seconds:6.1} s  loss {:.4}  {}", report.step, losses.total, terms.join("  "));

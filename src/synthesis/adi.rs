@@ -151,7 +151,7 @@ pub(super) fn optimize(
         });
 
         let last = step + 1 == settings.iterations;
-        let losses = (step % REPORT_EVERY == 0 || last).then(|| loss.report());
+        let losses = (step.is_multiple_of(REPORT_EVERY) || last).then(|| loss.report());
         let finite = losses.as_ref().is_none_or(LossReport::is_finite)
             && (!last || images.isfinite().all().int64_value(&[]) == 1);
         surroundings.step_done(StepReport { step, elapsed: began.elapsed(), student_version, losses });
@@ -163,6 +163,7 @@ pub(super) fn optimize(
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use rand::SeedableRng;

@@ -82,6 +82,7 @@ impl Augmentation {
 
 /// Images that no augmentation changes stay on their device; a fresh tensor for tests and tools.
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use rand::SeedableRng;

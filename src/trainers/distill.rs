@@ -359,17 +359,17 @@ impl<'a> Training<'a> {
         self.own_steps += 1;
         self.state.consumed += self.options.batch_size as u64;
         let step = self.state.step;
-        if step % REPORT_EVERY == 0 {
+        if step.is_multiple_of(REPORT_EVERY) {
             self.report()?;
         }
-        if step % self.options.push_every.max(1) == 0 {
+        if step.is_multiple_of(self.options.push_every.max(1)) {
             let snapshot = self.snapshot()?;
             self.feed.push(snapshot);
         }
-        if self.options.eval_every > 0 && step % self.options.eval_every == 0 {
+        if step.is_multiple_of(self.options.eval_every) {
             self.measure();
         }
-        if self.options.checkpoint_every > 0 && step % self.options.checkpoint_every == 0 {
+        if step.is_multiple_of(self.options.checkpoint_every) {
             self.save_checkpoint()?;
         }
         Ok(())
