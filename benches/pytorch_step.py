@@ -26,7 +26,7 @@ import cifar_resnet
 from cifar_resnet import per_channel
 
 # The preset cifar10 of the daemon, src/synthesis/settings.rs.
-LEARNING_RATE, TV_L2, R_FEATURE, COMPETE, TEMPERATURE, JITTER = 0.1, 1e-3, 10.0, 1.0, 3.0, 2
+LEARNING_RATE, TV_L2, R_FEATURE, COMPETE, TEMPERATURE, JITTER = 0.1, 3e-3, 1.0, 1.0, 3.0, 2
 
 
 class StatisticsHook:

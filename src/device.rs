@@ -1,6 +1,7 @@
 //! Choosing where tensors live.
 
 use std::fmt;
+use std::num::NonZeroUsize;
 use std::path::Path;
 use std::str::FromStr;
 use std::sync::Once;
@@ -93,9 +94,9 @@ impl DeviceOption {
 }
 
 /// Bounds the threads that libtorch's operators use in this process; `None` leaves its default, one a core.
-pub fn set_threads(threads: Option<usize>) {
+pub fn set_threads(threads: Option<NonZeroUsize>) {
     if let Some(threads) = threads {
-        tch::set_num_threads(i32::try_from(threads).unwrap_or(i32::MAX));
+        tch::set_num_threads(i32::try_from(threads.get()).unwrap_or(i32::MAX));
     }
 }
 

@@ -3,6 +3,7 @@
 
 use std::any::Any;
 use std::io;
+use std::num::NonZeroUsize;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
@@ -31,6 +32,12 @@ const IDLE_HEARTBEAT: Duration = Duration::from_millis(500);
 
 /// So many failed runs in a row are no accident; the engine gives up rather than spin.
 const MAX_FAILURES: u32 = 10;
+
+/// After so many dropped runs in a row the student is set aside until the next one comes.
+const MAX_DROPPED: u32 = 3;
+
+/// The pause after a run that was dropped.
+const DROPPED_PAUSE: Duration = Duration::from_millis(100);
 
 /// The pause after a run that failed.
 const FAILURE_PAUSE: Duration = Duration::from_secs(1);
@@ -171,13 +178,16 @@ pub fn spawn(
     output: async_channel::Sender<DreamBatch>,
     stop: CancellationToken,
 ) -> io::Result<Engine> {
+    // A device that is not there is a mistake to tell at the start, not a daemon that stays up and does nothing.
+    let device = options.device.resolve().map_err(io::Error::other)?;
     let status = Arc::new(EngineStatus::new());
     status.enter(EngineState::Loading);
     let runtime = Handle::current();
     let seen = status.clone();
     let thread = thread::Builder::new().name("engine".into()).spawn(move || {
-        let outcome =
-            catch_unwind(AssertUnwindSafe(|| run(source, options, students, output, stop, runtime, seen.clone())));
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            run(source, options, device, students, output, stop, runtime, seen.clone())
+        }));
         match outcome {
             Ok(Ok(())) => {}
             Ok(Err(why)) => seen.fail(why),
@@ -191,7 +201,7 @@ pub fn spawn(
 fn panic_message(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
     // The first line says what happened, the rest is a C++ stack.
-    let line = text.and_then(|text| text.lines().next()).unwrap_or("unknown panic");
+    let line = text.and_then(|text| text.split(['\n']).next()?.split("\\n").next()).unwrap_or("unknown panic");
     format!("libtorch: {line}")
 }
 
@@ -202,9 +212,11 @@ fn give_way() {
     }
 }
 
+#[allow(clippy::too_many_arguments)] // the thread's whole world, taken apart once
 fn run(
     source: Arc<NetworkSource>,
     options: EngineOptions,
+    device: Device,
     students: watch::Receiver<Option<Arc<Student>>>,
     output: async_channel::Sender<DreamBatch>,
     stop: CancellationToken,
@@ -213,8 +225,7 @@ fn run(
 ) -> Result<(), String> {
     // Before libtorch makes its own threads, which inherit the priority.
     give_way();
-    set_threads(options.threads);
-    let device = options.device.resolve().map_err(|error| error.to_string())?;
+    set_threads(options.threads.and_then(NonZeroUsize::new));
     let teacher = Teacher::load(&source, device, Kind::Float);
     tracing::info!(?device, arch = source.spec.arch(), sha256 = %source.identity, "the teacher is on the device");
 
@@ -222,6 +233,7 @@ fn run(
     let mut world = World { device, students, adopted: None, unreported: None, stop, status };
     let mut made = 0u64;
     let mut failures = 0;
+    let mut dropped = 0;
     while options.max_images.is_none_or(|most| made < most) {
         world.status.enter(EngineState::Synthesizing);
         let batch = match catch_unwind(AssertUnwindSafe(|| synthesizer.run(&teacher, &mut world))) {
@@ -229,9 +241,14 @@ fn run(
             Ok(Err(SynthesisError::Stopped)) => return Ok(()),
             Ok(Err(error @ SynthesisError::NotFinite { .. })) => {
                 count_run("non_finite");
-                tracing::warn!(%error, "a synthesis run was dropped");
+                dropped += 1;
+                tracing::warn!(%error, dropped, "a synthesis run was dropped");
                 // Not an error of the machine: other noise may well do better, so this does not count as a failure.
-                world.rest(&runtime, Duration::ZERO);
+                // But where it is the student that makes every run fail, images without one are better than none.
+                if dropped % MAX_DROPPED == 0 {
+                    world.set_student_aside();
+                }
+                world.rest(&runtime, DROPPED_PAUSE);
                 continue;
             }
             Err(panic) => {
@@ -246,7 +263,7 @@ fn run(
                 continue;
             }
         };
-        failures = 0;
+        (failures, dropped) = (0, 0);
         count_run("finished");
         let batch = match options.max_images {
             Some(most) => batch.truncated((most - made) as usize),
@@ -254,6 +271,7 @@ fn run(
         };
         made += batch.count() as u64;
         report_batch(&batch);
+        world.report_staleness();
         if !world.hand_over(&runtime, &output, batch) {
             return Ok(());
         }
@@ -286,8 +304,9 @@ struct World {
     device: Device,
     students: watch::Receiver<Option<Arc<Student>>>,
     adopted: Option<Adopted>,
-    /// The arrival of a student's last byte, until the first step against it has been made.
-    unreported: Option<Instant>,
+    /// The arrival of a student's last byte, and how long ago that was when the newest step began, until the first step
+    /// against it has been made.
+    unreported: Option<(Instant, Duration)>,
     stop: CancellationToken,
     status: Arc<EngineStatus>,
 }
@@ -298,11 +317,32 @@ impl World {
             return;
         }
         let Some(student) = self.students.borrow_and_update().clone() else { return };
-        let network = FrozenNetwork::load(&student.spec, &student.checkpoint, self.device, Kind::Float);
+        let load = || FrozenNetwork::load(&student.spec, &student.checkpoint, self.device, Kind::Float);
+        let network = match catch_unwind(AssertUnwindSafe(load)) {
+            Ok(network) => network,
+            Err(panic) => {
+                let error = panic_message(&*panic);
+                tracing::error!(%error, version = student.version, "a student cannot be adopted; the one before stays");
+                return;
+            }
+        };
         tracing::debug!(version = student.version, "adopted a student");
         self.adopted = Some(Adopted { network, version: student.version });
-        self.unreported = Some(student.received_at);
+        self.unreported = Some((student.received_at, Duration::ZERO));
         gauge!(telemetry::STUDENT_VERSION_ADOPTED).set(student.version as f64);
+    }
+
+    fn report_staleness(&self) {
+        let accepted = self.students.borrow().as_ref().map_or(0, |student| student.version);
+        let adopted = self.adopted.as_ref().map_or(0, |adopted| adopted.version);
+        gauge!(telemetry::STUDENT_STALENESS_VERSIONS).set(accepted.saturating_sub(adopted) as f64);
+    }
+
+    fn set_student_aside(&mut self) {
+        if let Some(adopted) = self.adopted.take() {
+            tracing::error!(version = adopted.version, "no run against this student succeeds; dreaming without one");
+            gauge!(telemetry::STUDENT_VERSION_ADOPTED).set(0.0);
+        }
     }
 
     /// Puts a batch into the queue, waiting as long as it is full; false where the engine must end.
@@ -346,15 +386,17 @@ impl Surroundings for World {
 
     fn student(&mut self) -> Option<(&FrozenNetwork, u64)> {
         self.adopt_newest();
+        if let Some((received, waited)) = &mut self.unreported {
+            *waited = received.elapsed();
+        }
         self.adopted.as_ref().map(|adopted| (&adopted.network, adopted.version))
     }
 
     fn step_done(&mut self, report: StepReport) {
         histogram!(telemetry::OPTIMIZER_STEP_SECONDS).record(report.elapsed.as_secs_f64());
         if report.student_version > 0
-            && let Some(received) = self.unreported.take()
+            && let Some((_, waited)) = self.unreported.take()
         {
-            let waited = received.elapsed().saturating_sub(report.elapsed);
             histogram!(telemetry::STUDENT_ADOPTION_SECONDS).record(waited.as_secs_f64());
         }
         if let Some(losses) = report.losses {
@@ -363,7 +405,6 @@ impl Surroundings for World {
                 gauge!(telemetry::LOSS, "term" => term).set(value);
             }
         }
-        let accepted = self.students.borrow().as_ref().map_or(0, |student| student.version);
-        gauge!(telemetry::STUDENT_STALENESS_VERSIONS).set((accepted - report.student_version.min(accepted)) as f64);
+        self.report_staleness();
     }
 }

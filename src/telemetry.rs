@@ -52,7 +52,7 @@ metrics! {
     SYNTHESIS_RUNS = "dreamfeed_synthesis_runs_total", Kind::Counter, Count,
         "Synthesis runs ended. outcome: finished, non_finite (dropped, the daemon goes on), error.";
     LOSS = "dreamfeed_loss", Kind::Gauge, Count,
-        "Each weighted loss term at the last measured optimizer step. term: the terms of the objective.";
+        "Each loss term, unweighted, and the weighted total at the last measured optimizer step. term: the terms of the objective.";
     OPTIMIZER_STEP_SECONDS = "dreamfeed_optimizer_step_seconds", Kind::Histogram(DEVICE_BUCKETS), Seconds,
         "Time of one optimizer step.";
     STUDENT_VERSION_ACCEPTED = "dreamfeed_student_version_accepted", Kind::Gauge, Count,
@@ -60,7 +60,7 @@ metrics! {
     STUDENT_VERSION_ADOPTED = "dreamfeed_student_version_adopted", Kind::Gauge, Count,
         "The student version that the running synthesis competes against, 0 = none.";
     STUDENT_STALENESS_VERSIONS = "dreamfeed_student_staleness_versions", Kind::Gauge, Count,
-        "Versions that the last finished batch was behind the newest accepted student when it was finished.";
+        "Versions that the adopted student is behind the newest accepted one.";
     STUDENT_ADOPTION_SECONDS = "dreamfeed_student_adoption_seconds", Kind::Histogram(DEVICE_BUCKETS), Seconds,
         "Time from the last byte of a push to the first optimizer step against it.";
     TEACHER_TOP1 = "dreamfeed_teacher_top1_ratio", Kind::Gauge, Count,
@@ -94,7 +94,7 @@ metrics! {
     BYTES_SENT = "dreamfeed_bytes_sent_total", Kind::Counter, Bytes, "Payload bytes sent, over all streams.";
     PUSHES = "dreamfeed_pushes_total", Kind::Counter, Count,
         "Pushes ended. outcome: accepted, already_current, header, length (also most clients that vanish), digest, format, arch, missing, extra, \
-         misshapen, dtype, not_finite, channels, classes, too_large, conflict, idle, busy, cancelled, unavailable, \
+         misshapen, dtype, not_finite, negative_variance, channels, classes, too_large, conflict, idle, busy, cancelled, unavailable, \
          internal.";
     PUSHES_UNDER_WAY = "dreamfeed_pushes_under_way", Kind::Gauge, Count, "Pushes that hold a slot.";
     PUSHES_CAPACITY = "dreamfeed_pushes_capacity", Kind::Gauge, Count, "The bound on pushes under way.";

@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod support;
+
 use std::path::{Path, PathBuf};
 
 use dreamfeed::model::checkpoint::Checkpoint;
@@ -152,4 +154,37 @@ fn networks_and_their_gradients_never_require_gradients() {
     let settings = Settings::preset("cifar10").unwrap();
     let (gradient, _) = adi::image_gradient(&golden.teacher, &settings, &x, &targets, Some(&golden.student));
     assert!(!gradient.requires_grad());
+}
+
+/// A random network for `size` images, one batch norm's scale so small that it is not folded.
+fn unusual(size: [i64; 2], folder: &Path) -> Teacher {
+    let mut tensors = support::network("resnet8", 2, 3, 11);
+    let scale = tensors.get_mut("layer2.0.bn1.weight").unwrap();
+    scale.2[..4].copy_from_slice(&1e-6f32.to_le_bytes());
+    let image_size = format!("{},{}", size[0], size[1]);
+    let metadata = [("arch", "resnet8"), ("mean", "0.5,0.5"), ("std", "0.25,0.2"), ("image_size", &image_size)];
+    let path = folder.join("unusual.safetensors");
+    std::fs::write(&path, support::file(&tensors, &metadata)).unwrap();
+    let source = NetworkSource::open(&path, &SourceOptions::default()).unwrap();
+    Teacher::load(&source, Device::Cpu, Kind::Double)
+}
+
+#[test]
+fn gradients_are_right_at_odd_sizes_and_without_folding() {
+    let folder = tempfile::tempdir().unwrap();
+    for size in [[15, 15], [9, 6], [2, 2], [1, 3]] {
+        let teacher = unusual(size, folder.path());
+        tch::manual_seed(3);
+        let options = (Kind::Double, Device::Cpu);
+        let x = Tensor::randn([4, 2, size[0], size[1]], options);
+        let direction = Tensor::randn([4, 2, size[0], size[1]], options);
+        let targets = Tensor::from_slice(&[0i64, 1, 2, 0]);
+        let settings = Settings { tv_l1_weight: 0.3, ..Settings::preset("cifar10-paper").unwrap() };
+        let total = |x: &Tensor| adi::image_gradient(&teacher, &settings, x, &targets, None).1.report().total;
+        let (gradient, _) = adi::image_gradient(&teacher, &settings, &x, &targets, None);
+        let slope = (gradient * &direction).sum(Kind::Double).double_value(&[]);
+        let step = 1e-6;
+        let measured = (total(&(&x + &direction * step)) - total(&(&x - &direction * step))) / (2.0 * step);
+        assert!((slope - measured).abs() <= 1e-5 * measured.abs().max(1.0), "{size:?}: {slope} is not {measured}");
+    }
 }

@@ -132,6 +132,42 @@ async fn a_bad_push_is_refused_by_name_and_the_current_student_stays() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_student_that_would_break_the_engine_is_refused() {
+    let daemon = Daemon::start(&["--max-images", "8"]);
+    let client = daemon.client().await;
+    let empty = spoilt(|tensors| {
+        for (name, tensor) in tensors.iter_mut() {
+            if name.starts_with("layer2.0.conv1") || name.starts_with("layer2.0.bn1") {
+                tensor.1[0] = 0;
+                tensor.2.clear();
+            }
+        }
+        let second = tensors.get_mut("layer2.0.conv2.weight").unwrap();
+        second.1[1] = 0;
+        second.2.clear();
+    });
+    let (code, sentence) = refusal(push(&client, &empty).await);
+    assert_eq!(code, Code::InvalidArgument);
+    assert!(sentence.contains("without a single element: layer2.0.conv1.weight"), "{sentence}");
+
+    let negative = spoilt(|tensors| {
+        tensors.get_mut("bn1.running_var").unwrap().2[..4].copy_from_slice(&(-1f32).to_le_bytes());
+    });
+    let (code, sentence) = refusal(push(&client, &negative).await);
+    assert_eq!(code, Code::InvalidArgument);
+    assert!(sentence.contains("bn1.running_var") && sentence.contains("never negative"), "{sentence}");
+
+    let huge = spoilt(|tensors| {
+        let values = [1e300f64; 10].iter().flat_map(|value| value.to_le_bytes()).collect();
+        tensors.insert("linear.bias".into(), (Dtype::F64, vec![10], values));
+    });
+    let (code, sentence) = refusal(push(&client, &huge).await);
+    assert_eq!(code, Code::InvalidArgument);
+    assert!(sentence.contains("linear.bias") && sentence.contains("not finite as f32"), "{sentence}");
+    assert!(client.describe().await.unwrap().student.is_none());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn every_name_is_told_within_what_a_header_can_carry() {
     let daemon = Daemon::start(&["--batch-size", "8", "--max-images", "8"]);
     let client = daemon.client().await;

@@ -212,3 +212,43 @@ fn dream_makes_images_and_a_grid_that_a_seed_decides() {
     assert_eq!(one, same);
     assert_ne!(one, other);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_trainer_that_is_refused_keeps_what_it_learned_and_says_why() {
+    let daemon = Daemon::start(&["--batch-size", "8", "--max-images", "16", "--max-student-bytes", "1KiB"]);
+    let folder = tempfile::tempdir().unwrap();
+    let output = distill(&daemon.grpc, folder.path(), &["--steps", "1000000"]).wait_with_output().unwrap();
+    assert!(!output.status.success());
+    assert!(text(&output.stderr).contains("1024"), "{}", text(&output.stderr));
+    assert!(folder.path().join("student.safetensors").exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_trainer_goes_on_with_a_fetched_student_that_knows_more_classes() {
+    let daemon = Daemon::start(&["--batch-size", "8", "--max-images", "16"]);
+    let wide = file(&network(ARCH, CHANNELS, CLASSES + 2, 5), &[]);
+    daemon.client().await.push_student(ARCH, wide, 0, None).await.unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let summary = summary(distill(&daemon.grpc, folder.path(), &["--steps", "3", "--fetch"]));
+    assert_eq!(summary["steps"], 3);
+    let student = daemon.client().await.fetch_student(0).await.unwrap().unwrap();
+    assert_eq!(student.header.num_classes as usize, CLASSES + 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_last_push_and_the_final_one_are_one_version() {
+    let daemon = Daemon::start(&["--batch-size", "8", "--max-images", "16"]);
+    let folder = tempfile::tempdir().unwrap();
+    distill(&daemon.grpc, folder.path(), &["--steps", "2"]).wait_with_output().unwrap();
+    assert_eq!(daemon.client().await.describe().await.unwrap().student.unwrap().version, 1);
+}
+
+#[test]
+fn a_device_that_is_not_there_ends_the_daemon_at_the_start() {
+    let folder = tempfile::tempdir().unwrap();
+    let teacher = write_teacher(folder.path());
+    let mut command = dreamfeed(&["serve", "--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", "--teacher"]);
+    let output = command.arg(teacher).args(["--device", "cuda:97"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("cuda:97"), "{}", text(&output.stderr));
+}

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -135,6 +136,12 @@ class Daemon:
                 )
             time.sleep(0.05)
 
+    def counter(self, name: str) -> int:
+        """The sum of a counter's series on the daemon's /metrics."""
+        with urllib.request.urlopen(f"http://{self.admin}/metrics", timeout=10) as page:
+            lines = page.read().decode().splitlines()
+        return int(sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name}{{", f"{name} "))))
+
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         self.process.send_signal(signal.SIGTERM)
         try:
@@ -224,9 +231,10 @@ def run(teacher: Path, test: Path, out: Path, budget: Budget, synthesis: list[st
                 *("--seed", str(budget.seed)),
             ],
         )
+        dreamed = daemon.counter("dreamfeed_images_synthesized_total")
     return Outcome(
         accuracy=float(trainer["accuracy"]),
-        images_dreamed=int(trainer["images_received"]),
+        images_dreamed=dreamed,
         images_consumed=int(trainer["images_consumed"]),
         student_versions=int(trainer["student_versions_pushed"]),
         wall_seconds=time.monotonic() - began,

@@ -1,5 +1,6 @@
 //! `dreamfeed bench`: what one optimizer step costs.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -60,16 +61,16 @@ struct SynthArgs {
     batch: usize,
     /// Steps to measure.
     #[arg(long, default_value_t = 12)]
-    steps: u32,
+    steps: u16,
     /// Steps before the first that is measured.
     #[arg(long, default_value_t = 3)]
-    warmup: u32,
+    warmup: u16,
     /// Where to run: auto, cpu, cuda or cuda:N.
     #[arg(long, default_value_t)]
     device: DeviceOption,
     /// Threads of libtorch's operators; default: one a core.
     #[arg(long)]
-    threads: Option<usize>,
+    threads: Option<NonZeroUsize>,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
@@ -145,7 +146,7 @@ fn synth(args: SynthArgs) -> anyhow::Result<()> {
     let source = NetworkSource::open(&args.teacher, &args.source)?;
     let options = SynthesisOptions {
         batch_size: Some(args.batch),
-        iterations: Some(args.steps + args.warmup + 1),
+        iterations: Some(u32::from(args.steps) + u32::from(args.warmup) + 1),
         ..args.synthesis
     };
     let settings =
@@ -162,7 +163,7 @@ fn synth(args: SynthArgs) -> anyhow::Result<()> {
     let x = crate::synthesis::initial_images(&teacher, args.batch);
     let gradient = Tensor::ones([args.batch as i64, teacher.num_classes() as i64], (Kind::Float, device));
     let bare = median(
-        (0..args.steps + args.warmup).map(|_| {
+        (0..u32::from(args.steps) + u32::from(args.warmup)).map(|_| {
             let began = Instant::now();
             for network in std::iter::once(&teacher.network).chain(competes.then_some(&student)) {
                 let recorded = network.forward(&x, false);
@@ -179,7 +180,7 @@ fn synth(args: SynthArgs) -> anyhow::Result<()> {
     );
 
     let mut synthesizer = Synthesizer::new(settings, teacher.num_classes(), 0);
-    let wanted = (args.steps + args.warmup) as usize;
+    let wanted = usize::from(args.steps) + usize::from(args.warmup);
     let mut timing = Timing { student, last: Instant::now(), steps: Vec::new(), wanted };
     match synthesizer.run(&teacher, &mut timing) {
         Ok(_) | Err(SynthesisError::Stopped) => {}
@@ -200,8 +201,8 @@ fn synth(args: SynthArgs) -> anyhow::Result<()> {
 }
 
 /// The median, without the first `skip`.
-fn median(values: impl Iterator<Item = f64>, skip: u32) -> f64 {
-    let mut values: Vec<f64> = values.skip(skip as usize).collect();
+fn median(values: impl Iterator<Item = f64>, skip: u16) -> f64 {
+    let mut values: Vec<f64> = values.skip(usize::from(skip)).collect();
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }

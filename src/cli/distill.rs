@@ -1,13 +1,20 @@
 //! `dreamfeed distill`: trains a student on a daemon's stream.
 
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use tracing_subscriber::EnvFilter;
+
 use crate::device::{DeviceOption, set_threads};
+use crate::telemetry::{self, LogFormat};
 use crate::trainers::augment::Augmentation;
 use crate::trainers::distill::{self, Budget, Options};
+
+/// Nobody waits longer for a daemon; keeps deadlines within what clocks can hold.
+const LONGEST_PATIENCE: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// Trains a student on a daemon's stream and pushes its weights back.
 #[derive(Debug, clap::Args)]
@@ -26,13 +33,13 @@ pub struct Args {
     fetch: bool,
     /// Train so many steps [default: 2000].
     #[arg(long, conflicts_with = "duration")]
-    steps: Option<u64>,
+    steps: Option<NonZeroU64>,
     /// Train so long, for example 30m.
     #[arg(long, value_parser = humantime::parse_duration)]
     duration: Option<Duration>,
     /// Make at most so many steps for each batch received, then wait for the next; default: never wait.
     #[arg(long, value_name = "N")]
-    steps_per_batch: Option<u64>,
+    steps_per_batch: Option<NonZeroU64>,
     /// Begin once so many images are there.
     #[arg(long, default_value_t = 128)]
     min_images: usize,
@@ -64,7 +71,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     test_data: Option<PathBuf>,
     /// Measure every so many steps; 0: only at the end.
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 500)]
     eval_every: u64,
     /// Where to write the trained student, a safetensors file.
     #[arg(long, value_name = "FILE")]
@@ -89,7 +96,7 @@ pub struct Args {
     device: DeviceOption,
     /// Threads of libtorch's operators; default: one a core.
     #[arg(long)]
-    threads: Option<usize>,
+    threads: Option<NonZeroUsize>,
     /// Print the summary as JSON.
     #[arg(long)]
     json: bool,
@@ -106,17 +113,18 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     positive("--temperature", args.temperature, false)?;
     positive("--weight-decay", args.weight_decay, true)?;
     positive("--momentum", args.momentum, true)?;
+    telemetry::install_logs(LogFormat::Text, EnvFilter::new("warn"));
     set_threads(args.threads);
     let options = Options {
         connect: args.connect,
-        patience: args.connect_timeout,
+        patience: args.connect_timeout.min(LONGEST_PATIENCE),
         arch: args.arch,
         fetch: args.fetch,
         budget: match (args.duration, args.steps) {
             (Some(time), _) => Budget::Time(time),
-            (None, steps) => Budget::Steps(steps.unwrap_or(2000)),
+            (None, steps) => Budget::Steps(steps.map_or(2000, NonZeroU64::get)),
         },
-        steps_per_batch: args.steps_per_batch,
+        steps_per_batch: args.steps_per_batch.map(NonZeroU64::get),
         min_images: args.min_images.min(args.buffer_images),
         batch_size: args.batch_size as usize,
         learning_rate: args.learning_rate,
@@ -136,8 +144,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         seed: args.seed,
         device: args.device.resolve()?,
     };
-    let stop = stop_on_signal()?;
-    let summary = distill::run(&options, &stop)?;
+    let summary = distill::run(&options, stop_on_signal)?;
     if args.json {
         println!("{}", serde_json::to_string(&summary)?);
     } else {

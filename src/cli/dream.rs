@@ -1,6 +1,7 @@
 //! `dreamfeed dream`: images of one teacher without a daemon, judged by the teacher and by networks that had no part in
 //! making them.
 
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -11,7 +12,7 @@ use crate::device::{DeviceOption, set_threads};
 use crate::grid;
 use crate::model::labelled::accuracy;
 use crate::model::network::FrozenNetwork;
-use crate::model::source::{NetworkSource, SourceOptions};
+use crate::model::source::{NetworkSource, SourceError, SourceOptions};
 use crate::synthesis::batch::DreamBatch;
 use crate::synthesis::settings::SynthesisOptions;
 use crate::synthesis::{StepReport, Surroundings, Synthesizer, Teacher};
@@ -34,7 +35,7 @@ pub struct Args {
     student_arch: Option<String>,
     /// Images to make, rounded up to whole batches; default: one batch.
     #[arg(long)]
-    images: Option<usize>,
+    images: Option<NonZeroUsize>,
     /// A network that had no part in making the images, a safetensors file normalized like the teacher.
     #[arg(long, value_name = "FILE")]
     verifier: Option<PathBuf>,
@@ -55,7 +56,7 @@ pub struct Args {
     device: DeviceOption,
     /// Threads of libtorch's operators; default: one a core.
     #[arg(long)]
-    threads: Option<usize>,
+    threads: Option<NonZeroUsize>,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
@@ -84,9 +85,29 @@ impl Surroundings for Watching {
     }
 }
 
-fn open(path: &Path, arch: Option<&String>, like: &SourceOptions) -> anyhow::Result<NetworkSource> {
-    let options = SourceOptions { arch: arch.cloned().or_else(|| like.arch.clone()), ..like.clone() };
-    Ok(NetworkSource::open(path, &options)?)
+/// A network that looks at the teacher's images: its architecture is what the flag says, else its metadata, else the
+/// teacher's.
+fn open(
+    path: &Path,
+    arch: Option<&String>,
+    flags: &SourceOptions,
+    teacher: &NetworkSource,
+) -> anyhow::Result<NetworkSource> {
+    let options = |arch: Option<String>| SourceOptions { arch, ..flags.clone() };
+    let source = match NetworkSource::open(path, &options(arch.cloned())) {
+        Err(SourceError::NoArch(_)) => NetworkSource::open(path, &options(Some(teacher.spec.arch().to_owned())))?,
+        source => source?,
+    };
+    anyhow::ensure!(
+        source.spec.in_channels == teacher.spec.in_channels && source.spec.num_classes >= teacher.spec.num_classes,
+        "{}: it takes {} channels and has {} outputs, which does not fit the teacher's {} and {}",
+        path.display(),
+        source.spec.in_channels,
+        source.spec.num_classes,
+        teacher.spec.in_channels,
+        teacher.spec.num_classes
+    );
+    Ok(source)
 }
 
 /// Runs the subcommand.
@@ -100,13 +121,13 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         .map_err(|problems| anyhow::anyhow!("{}", problems.join("; ")))?;
     let teacher = Teacher::load(&source, device, Kind::Float);
     let frozen = |path: &Path, arch: Option<&String>| -> anyhow::Result<FrozenNetwork> {
-        let source = open(path, arch, &args.source)?;
+        let source = open(path, arch, &args.source, &source)?;
         Ok(FrozenNetwork::load(&source.spec, &source.checkpoint, device, Kind::Float))
     };
     let student = args.student.as_ref().map(|path| frozen(path, args.student_arch.as_ref())).transpose()?;
     let verifier = args.verifier.as_ref().map(|path| frozen(path, args.verifier_arch.as_ref())).transpose()?;
 
-    let wanted = args.images.unwrap_or(settings.batch_size);
+    let wanted = args.images.map_or(settings.batch_size, usize::from);
     let (batch_size, iterations) = (settings.batch_size, settings.iterations);
     let mut synthesizer = Synthesizer::new(settings, teacher.num_classes(), args.seed);
     let began = Instant::now();

@@ -1,5 +1,6 @@
 //! `dreamfeed evaluate`: a network's accuracy on labelled pictures.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use crate::device::{DeviceOption, set_threads};
@@ -23,7 +24,7 @@ pub struct Args {
     device: DeviceOption,
     /// Threads of libtorch's operators; default: one a core.
     #[arg(long)]
-    threads: Option<usize>,
+    threads: Option<NonZeroUsize>,
     /// Print one JSON object: {"accuracy": 0.91, "count": 5000}.
     #[arg(long)]
     json: bool,

@@ -8,11 +8,10 @@ use std::time::SystemTime;
 
 use bytes::Bytes;
 use safetensors::Dtype;
-use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::LogIdentity;
-use crate::model::checkpoint::{Checkpoint, CheckpointError, hex};
+use crate::model::checkpoint::{Checkpoint, CheckpointError, TensorToWrite, encode, hex};
 use crate::synthesis::batch::DreamBatch;
 
 /// The `format` in every chunk's metadata.
@@ -136,23 +135,10 @@ fn write(parts: &[Part], mut metadata: BTreeMap<String, String>, first_sequence:
     metadata.insert("count".into(), count.to_string());
     metadata.insert("data_sha256".into(), hex(&hash.finalize()));
 
-    let mut header = serde_json::Map::from_iter([("__metadata__".to_owned(), json!(metadata))]);
-    let mut offset = 0;
-    for (name, part) in ORDER.iter().zip(parts) {
-        let end = offset + part.data.len();
-        let entry: Value =
-            json!({ "dtype": format!("{:?}", part.dtype), "shape": part.shape, "data_offsets": [offset, end] });
-        header.insert((*name).to_owned(), entry);
-        offset = end;
-    }
-    let mut header = Value::Object(header).to_string().into_bytes();
-    header.resize(header.len().next_multiple_of(8), b' ');
-
-    let mut file = Vec::with_capacity(8 + header.len() + offset);
-    file.extend_from_slice(&(header.len() as u64).to_le_bytes());
-    file.extend_from_slice(&header);
-    for part in parts {
-        file.extend_from_slice(&part.data);
-    }
-    file.into()
+    let tensors: Vec<TensorToWrite<'_>> = ORDER
+        .iter()
+        .zip(parts)
+        .map(|(name, part)| (*name, part.dtype, part.shape.as_slice(), part.data.as_slice()))
+        .collect();
+    encode(&tensors, &metadata).into()
 }

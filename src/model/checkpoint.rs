@@ -5,28 +5,34 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use bytes::Bytes;
 use safetensors::{Dtype, SafeTensors};
+use serde_json::json;
 use sha2::{Digest, Sha256};
 
 /// Why a file is not a usable safetensors file.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
     /// The file could not be read.
-    #[error("cannot read {path}: {source}", path = path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// What the operating system said.
-        source: std::io::Error,
-    },
+    #[error("cannot be read: {0}")]
+    Read(std::io::Error),
     /// The bytes are not safetensors.
     #[error("not a safetensors file: {0} (convert PyTorch checkpoints with safetensors.torch.save_file)")]
     Format(String),
-    /// A floating-point tensor holds NaN or an infinity.
-    #[error("tensor {name} is not finite: element {index} is {value}")]
+    /// A variance is negative.
+    #[error("tensor {name} is a variance, but element {index} is {value}; a running_var is never negative")]
+    NegativeVariance {
+        /// The tensor.
+        name: String,
+        /// The flat index of the first such element.
+        index: usize,
+        /// The element.
+        value: f64,
+    },
+    /// A floating-point tensor holds NaN, an infinity, or a number too large for f32.
+    #[error("tensor {name} is not finite as f32: element {index} is {value}")]
     NotFinite {
         /// The first such tensor in order of name.
         name: String,
@@ -66,7 +72,7 @@ pub struct Checkpoint {
 impl Checkpoint {
     /// Reads and parses a file.
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
-        let bytes = std::fs::read(path).map_err(|source| CheckpointError::Read { path: path.to_owned(), source })?;
+        let bytes = std::fs::read(path).map_err(CheckpointError::Read)?;
         Self::parse(bytes.into())
     }
 
@@ -120,18 +126,25 @@ impl Checkpoint {
         this
     }
 
-    /// Checks that every floating-point value is finite.
+    /// Checks that every floating-point value is finite, also as the f32 that networks compute with, and that no
+    /// `running_var` is negative.
     pub fn check_finite(&self) -> Result<(), CheckpointError> {
         for (name, tensor) in self.tensors() {
+            let variance = name.ends_with("running_var");
             let bad = match tensor.dtype {
-                Dtype::F64 => first_not_finite(tensor.data, f64::from_le_bytes),
-                Dtype::F32 => first_not_finite(tensor.data, |b| f64::from(f32::from_le_bytes(b))),
-                Dtype::F16 => first_not_finite(tensor.data, |b| half::f16::from_le_bytes(b).to_f64()),
-                Dtype::BF16 => first_not_finite(tensor.data, |b| half::bf16::from_le_bytes(b).to_f64()),
+                Dtype::F64 => first_bad(tensor.data, f64::from_le_bytes, variance),
+                Dtype::F32 => first_bad(tensor.data, |b| f64::from(f32::from_le_bytes(b)), variance),
+                Dtype::F16 => first_bad(tensor.data, |b| half::f16::from_le_bytes(b).to_f64(), variance),
+                Dtype::BF16 => first_bad(tensor.data, |b| half::bf16::from_le_bytes(b).to_f64(), variance),
                 _ => None,
             };
             if let Some((index, value)) = bad {
-                return Err(CheckpointError::NotFinite { name: name.to_owned(), index, value });
+                let name = name.to_owned();
+                return Err(if value < 0.0 && value.is_finite() && variance {
+                    CheckpointError::NegativeVariance { name, index, value }
+                } else {
+                    CheckpointError::NotFinite { name, index, value }
+                });
             }
         }
         Ok(())
@@ -149,9 +162,37 @@ impl Checkpoint {
     }
 }
 
-fn first_not_finite<const N: usize>(data: &[u8], read: impl Fn([u8; N]) -> f64) -> Option<(usize, f64)> {
+/// A tensor to be written: name, element type, shape, little-endian elements in row-major order.
+pub type TensorToWrite<'a> = (&'a str, Dtype, &'a [usize], &'a [u8]);
+
+/// A safetensors file. Data comes in the order given, so types with the strictest alignment go first; the header is
+/// sorted, so that the same content is always the same bytes, which the safetensors crate does not promise of metadata.
+pub fn encode(tensors: &[TensorToWrite<'_>], metadata: &BTreeMap<String, String>) -> Vec<u8> {
+    let mut header = serde_json::Map::from_iter([("__metadata__".to_owned(), json!(metadata))]);
+    let mut offset = 0;
+    for (name, dtype, shape, data) in tensors {
+        let end = offset + data.len();
+        let entry = json!({ "dtype": format!("{dtype:?}"), "shape": shape, "data_offsets": [offset, end] });
+        header.insert((*name).to_owned(), entry);
+        offset = end;
+    }
+    let mut header = serde_json::Value::Object(header).to_string().into_bytes();
+    header.resize(header.len().next_multiple_of(8), b' ');
+
+    let mut file = Vec::with_capacity(8 + header.len() + offset);
+    file.extend_from_slice(&(header.len() as u64).to_le_bytes());
+    file.extend_from_slice(&header);
+    for (_, _, _, data) in tensors {
+        file.extend_from_slice(data);
+    }
+    file
+}
+
+/// The first element that is not finite as f32 or, of a variance, negative.
+fn first_bad<const N: usize>(data: &[u8], read: impl Fn([u8; N]) -> f64, variance: bool) -> Option<(usize, f64)> {
     let (elements, _) = data.as_chunks::<N>();
-    elements.iter().map(|bytes| read(*bytes)).enumerate().find(|(_, value)| !value.is_finite())
+    let bad = |value: f64| !(value as f32).is_finite() || variance && value < 0.0;
+    elements.iter().map(|bytes| read(*bytes)).enumerate().find(|(_, value)| bad(*value))
 }
 
 /// Lower-case hexadecimal digits.

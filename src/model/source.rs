@@ -73,8 +73,13 @@ pub struct SourceOptions {
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
     /// The file is not readable safetensors, or not finite.
-    #[error(transparent)]
-    Checkpoint(#[from] CheckpointError),
+    #[error("{path}: {source}", path = path.display())]
+    Checkpoint {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: CheckpointError,
+    },
     /// The tensors are not those of the architecture.
     #[error("{path}: {source}", path = path.display())]
     Spec {
@@ -123,7 +128,8 @@ impl NetworkSource {
     /// Reads a checkpoint. Metadata keys: `arch`; `mean` and `std` (comma-separated, one number a channel);
     /// `image_size` (`height,width`); `class_names` (a JSON array of strings). Options win over metadata.
     pub fn open(path: &Path, options: &SourceOptions) -> Result<Self, SourceError> {
-        let checkpoint = Checkpoint::open(path)?;
+        let unusable = |source| SourceError::Checkpoint { path: path.to_owned(), source };
+        let checkpoint = Checkpoint::open(path).map_err(unusable)?;
         let invalid = |problem: String| SourceError::Invalid { path: path.to_owned(), problem };
         let meta = |key: &str| checkpoint.metadata().get(key);
         let list = |option: &Option<NumberList>, key: &str| match (option, meta(key)) {
@@ -139,28 +145,31 @@ impl NetworkSource {
             options.arch.as_ref().or(meta("arch")).ok_or_else(|| SourceError::NoArch(path.to_owned()))?.clone();
         let spec = NetworkSpec::from_checkpoint(&arch, &checkpoint)
             .map_err(|source| SourceError::Spec { path: path.to_owned(), source: Box::new(source) })?;
-        checkpoint.check_finite()?;
+        checkpoint.check_finite().map_err(unusable)?;
 
         let (Some(mean), Some(std)) = (list(&options.mean, "mean")?, list(&options.std, "std")?) else {
             return Err(SourceError::NoNormalization(path.to_owned()));
         };
+        let mut problems = Vec::new();
         if mean.len() != spec.in_channels || std.len() != spec.in_channels {
-            return Err(invalid(format!(
+            problems.push(format!(
                 "mean has {} and std has {} values, but the network takes {} channels; give one value a channel",
                 mean.len(),
                 std.len(),
                 spec.in_channels
-            )));
+            ));
         }
         if mean.iter().any(|m| !m.is_finite()) || std.iter().any(|s| !s.is_finite() || *s <= 0.0) {
-            return Err(invalid("mean must be finite and std positive".into()));
+            problems.push(format!("mean is {mean:?} and std is {std:?}; mean must be finite and std positive"));
         }
         let size = list(&options.image_size, "image_size")?.unwrap_or_else(|| vec![32.0, 32.0]);
         let whole = |v: &f32| (1.0..=4096.0).contains(v) && v.fract() == 0.0;
-        let (Some(height), Some(width), true) =
-            (size.first(), size.get(1), size.len() == 2 && size.iter().all(whole))
-        else {
-            return Err(invalid(format!("image_size must be height,width, for example 32,32, not {size:?}")));
+        let (height, width) = match size.as_slice() {
+            [height, width] if size.iter().all(whole) => (*height as usize, *width as usize),
+            _ => {
+                problems.push(format!("image_size must be height,width, for example 32,32, not {size:?}"));
+                (1, 1)
+            }
         };
         let class_names: Vec<String> = match meta("class_names") {
             Some(text) => serde_json::from_str(text)
@@ -168,14 +177,17 @@ impl NetworkSource {
             None => Vec::new(),
         };
         if !class_names.is_empty() && class_names.len() != spec.num_classes {
-            return Err(invalid(format!(
+            problems.push(format!(
                 "metadata class_names has {} names, but the network has {} outputs",
                 class_names.len(),
                 spec.num_classes
-            )));
+            ));
+        }
+        if !problems.is_empty() {
+            return Err(invalid(problems.join("; ")));
         }
         Ok(Self {
-            geometry: Geometry { channels: spec.in_channels, height: *height as usize, width: *width as usize },
+            geometry: Geometry { channels: spec.in_channels, height, width },
             normalization: Normalization { mean, std },
             identity: checkpoint.identity(),
             checkpoint,

@@ -85,7 +85,7 @@ pub enum SpecError {
     UnknownArch(String),
     /// The tensors are not those of the architecture.
     #[error("{0}")]
-    Mismatch(Mismatch),
+    Mismatch(Box<Mismatch>),
 }
 
 /// Every way in which a file's tensors differ from an architecture's, all of them at once.
@@ -99,13 +99,19 @@ pub struct Mismatch {
     pub extra: Vec<String>,
     /// Name, shape in the file, expected shape.
     pub misshapen: Vec<(String, Vec<usize>, Vec<usize>)>,
+    /// Names of tensors without a single element.
+    pub empty: Vec<String>,
     /// Name and element type, where it is not a floating-point type.
     pub wrong_dtype: Vec<(String, String)>,
 }
 
 impl Mismatch {
     fn is_empty(&self) -> bool {
-        self.missing.is_empty() && self.extra.is_empty() && self.misshapen.is_empty() && self.wrong_dtype.is_empty()
+        self.missing.is_empty()
+            && self.extra.is_empty()
+            && self.misshapen.is_empty()
+            && self.empty.is_empty()
+            && self.wrong_dtype.is_empty()
     }
 }
 
@@ -120,6 +126,9 @@ impl fmt::Display for Mismatch {
         }
         for (name, found, expected) in &self.misshapen {
             write!(f, "; misshapen: {name} is {found:?}, expected {expected:?}")?;
+        }
+        if !self.empty.is_empty() {
+            write!(f, "; without a single element: {}", self.empty.join(", "))?;
         }
         for (name, dtype) in &self.wrong_dtype {
             write!(f, "; wrong dtype: {name} is {dtype}, expected F32, F16, BF16 or F64")?;
@@ -251,7 +260,7 @@ impl NetworkSpec {
         spec.num_classes = dim(&format!("{head}.weight"), 0).unwrap_or(spec.num_classes);
 
         let mismatch = spec.compare(checkpoint);
-        if mismatch.is_empty() { Ok(spec) } else { Err(SpecError::Mismatch(mismatch)) }
+        if mismatch.is_empty() { Ok(spec) } else { Err(SpecError::Mismatch(Box::new(mismatch))) }
     }
 
     fn compare(&self, checkpoint: &Checkpoint) -> Mismatch {
@@ -264,6 +273,9 @@ impl NetworkSpec {
             };
             if found.shape != tensor.shape {
                 mismatch.misshapen.push((tensor.name.clone(), found.shape.to_vec(), tensor.shape.clone()));
+            }
+            if tensor.shape.contains(&0) {
+                mismatch.empty.push(tensor.name.clone());
             }
             if !matches!(found.dtype, Dtype::F16 | Dtype::BF16 | Dtype::F32 | Dtype::F64) {
                 mismatch.wrong_dtype.push((tensor.name.clone(), format!("{:?}", found.dtype)));

@@ -1,12 +1,12 @@
 //! A network that is trained: the same architectures as [`super::network`], through libtorch's autograd, with batch norm
 //! on the batch's own statistics.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
-use safetensors::tensor::{Dtype, TensorView};
+use safetensors::Dtype;
 use tch::{Device, Kind, Tensor};
 
-use super::checkpoint::Checkpoint;
+use super::checkpoint::{Checkpoint, TensorToWrite, encode};
 use super::network::{BN_EPSILON, channels_last, pad_shortcut, to_device};
 use super::source::NetworkSource;
 use super::spec::{NetworkSpec, Shortcut};
@@ -121,25 +121,23 @@ impl TrainableNetwork {
             .linear(self.tensor(&format!("{head}.weight")), Some(self.tensor(&format!("{head}.bias"))))
     }
 
-    /// The network as safetensors, with metadata from which [`NetworkSource::open`] reads it back without flags.
-    pub fn to_safetensors(&self, like: &Metadata) -> Result<Vec<u8>, safetensors::SafeTensorError> {
+    /// The network as safetensors, with metadata from which [`NetworkSource::open`] reads it back without flags. The same
+    /// weights and metadata are always the same bytes.
+    pub fn to_safetensors(&self, like: &Metadata) -> Vec<u8> {
         self.to_safetensors_with(like, &[])
     }
 
-    /// The same with further f32 tensors and metadata.
-    pub fn to_safetensors_with(
-        &self,
-        like: &Metadata,
-        more: &[(String, &Tensor)],
-    ) -> Result<Vec<u8>, safetensors::SafeTensorError> {
+    /// The same with further tensors, saved as f32.
+    pub fn to_safetensors_with(&self, like: &Metadata, more: &[(String, &Tensor)]) -> Vec<u8> {
         let tensors = self.tensors.iter().map(|(name, tensor)| (name.clone(), tensor)).chain(more.iter().cloned());
-        let hosts: Vec<(String, Vec<usize>, Vec<u8>)> = tensors.map(|(name, tensor)| host(name, tensor)).collect();
-        let mut views = Vec::with_capacity(hosts.len());
-        for (name, shape, bytes) in &hosts {
-            views.push((name.as_str(), TensorView::new(Dtype::F32, shape.clone(), bytes)?));
-        }
-        views.sort_by_key(|(name, _)| *name);
-        safetensors::serialize(views, Some(like.0.clone()))
+        let mut hosts: Vec<(String, Vec<usize>, Vec<u8>)> =
+            tensors.map(|(name, tensor)| host(name, tensor)).collect();
+        hosts.sort_by(|a, b| a.0.cmp(&b.0));
+        let tensors: Vec<TensorToWrite<'_>> = hosts
+            .iter()
+            .map(|(name, shape, data)| (name.as_str(), Dtype::F32, shape.as_slice(), data.as_slice()))
+            .collect();
+        encode(&tensors, &like.0)
     }
 }
 
@@ -154,13 +152,13 @@ fn host(name: String, tensor: &Tensor) -> (String, Vec<usize>, Vec<u8>) {
 
 /// The `__metadata__` of a network's file; see [`NetworkSource::open`] for the keys.
 #[derive(Clone, Debug)]
-pub struct Metadata(pub HashMap<String, String>);
+pub struct Metadata(pub BTreeMap<String, String>);
 
 impl Metadata {
     /// For a network that takes the same images as another.
     pub fn new(arch: &str, mean: &[f32], std: &[f32], image_size: [usize; 2], class_names: &[String]) -> Self {
         let list = |values: &[f32]| values.iter().map(f32::to_string).collect::<Vec<_>>().join(",");
-        let mut map = HashMap::from([
+        let mut map = BTreeMap::from([
             ("arch".to_owned(), arch.to_owned()),
             ("mean".to_owned(), list(mean)),
             ("std".to_owned(), list(std)),

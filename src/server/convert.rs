@@ -108,6 +108,7 @@ pub(super) fn push_status(error: &PushError) -> Status {
         | PushError::Arch(_)
         | PushError::Tensors(_)
         | PushError::NotFinite { .. }
+        | PushError::NegativeVariance { .. }
         | PushError::Channels { .. }
         | PushError::Classes { .. } => Code::InvalidArgument,
     };

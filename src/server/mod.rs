@@ -60,9 +60,6 @@ pub enum ServeError {
     /// The settings cannot be written as JSON, or the contract not be reflected.
     #[error("{0}")]
     Internal(String),
-    /// The engine did not stop within the drain's deadline.
-    #[error("the engine did not stop within the drain's deadline")]
-    EngineStuck,
 }
 
 /// The two bound ports.

@@ -72,8 +72,18 @@ pub enum PushError {
     #[error("{}", describe(.0))]
     Tensors(Box<Mismatch>),
     /// A value is NaN or infinite.
-    #[error("tensor {tensor} is not finite: element {index} is {value}; push only weights that are finite")]
+    #[error("tensor {tensor} is not finite as f32: element {index} is {value}; push only weights that are finite")]
     NotFinite {
+        /// Its name.
+        tensor: String,
+        /// The flat index of the first such element.
+        index: usize,
+        /// The element.
+        value: f64,
+    },
+    /// A variance is negative.
+    #[error("tensor {tensor} is a variance, but element {index} is {value}; a running_var is never negative")]
+    NegativeVariance {
         /// Its name.
         tensor: String,
         /// The flat index of the first such element.
@@ -127,6 +137,7 @@ impl PushError {
             Self::Truncated { .. } | Self::TooLong { .. } => "length",
             Self::Digest { .. } => "digest",
             Self::Format(_) => "format",
+            Self::NegativeVariance { .. } => "negative_variance",
             Self::Arch(_) => "arch",
             Self::Tensors(mismatch) if !mismatch.missing.is_empty() => "missing",
             Self::Tensors(mismatch) if !mismatch.extra.is_empty() => "extra",
@@ -147,6 +158,9 @@ impl From<CheckpointError> for PushError {
             CheckpointError::NotFinite { name, index, value } => {
                 Self::NotFinite { tensor: clip(&name), index, value }
             }
+            CheckpointError::NegativeVariance { name, index, value } => {
+                Self::NegativeVariance { tensor: clip(&name), index, value }
+            }
             other => Self::Format(other.to_string()),
         }
     }
@@ -155,7 +169,7 @@ impl From<CheckpointError> for PushError {
 impl From<SpecError> for PushError {
     fn from(error: SpecError) -> Self {
         match error {
-            SpecError::Mismatch(mismatch) => Self::Tensors(Box::new(mismatch)),
+            SpecError::Mismatch(mismatch) => Self::Tensors(mismatch),
             unknown => Self::Arch(unknown.to_string()),
         }
     }
@@ -188,13 +202,14 @@ fn describe(mismatch: &Mismatch) -> String {
         format!("; {title}: {}{more}", listed.join(", "))
     }
     format!(
-        "the tensors are not those of {}{}{}{}{}",
+        "the tensors are not those of {}{}{}{}{}{}",
         clip(&mismatch.arch),
         list("missing", &mismatch.missing, |name| clip(name)),
         list("extra", &mismatch.extra, |name| clip(name)),
         list("misshapen", &mismatch.misshapen, |(name, found, expected)| {
             format!("{} is {}, expected {expected:?}", clip(name), clip(&format!("{found:?}")))
         }),
+        list("without a single element", &mismatch.empty, |name| clip(name)),
         list("wrong dtype", &mismatch.wrong_dtype, |(name, dtype)| {
             format!("{} is {dtype}, expected F32, F16, BF16 or F64", clip(name))
         }),
@@ -212,6 +227,7 @@ mod tests {
             missing: vec!["m".repeat(5000); 900],
             extra: vec!["ä".repeat(5000); 900],
             misshapen: vec![("x".repeat(5000), vec![7; 500], vec![1, 2]); 900],
+            empty: vec!["z".repeat(5000); 900],
             wrong_dtype: vec![("y".repeat(5000), "I64".into()); 900],
         };
         let sentence = PushError::Tensors(Box::new(mismatch)).to_string();

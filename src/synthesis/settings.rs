@@ -370,8 +370,13 @@ impl SynthesisOptions {
     /// The settings that these options mean, for a teacher of `num_classes` outputs; otherwise every problem.
     pub fn resolve(&self, num_classes: usize) -> Result<Settings, Vec<String>> {
         let name = self.preset.as_deref().unwrap_or("cifar10");
-        let Some(p) = Settings::preset(name) else {
-            return Err(vec![format!("preset is {name:?}; known are {}", PRESETS.join(", "))]);
+        // An unknown preset must not hide what else is wrong.
+        let (known, p) = match Settings::preset(name) {
+            Some(preset) => (Ok(()), preset),
+            None => match Settings::preset("cifar10") {
+                Some(preset) => (Err(format!("preset is {name:?}; known are {}", PRESETS.join(", "))), preset),
+                None => return Err(Vec::new()),
+            },
         };
         let settings = Settings {
             synthesizer: self.synthesizer.unwrap_or(p.synthesizer),
@@ -395,7 +400,7 @@ impl SynthesisOptions {
             clip: self.clip.unwrap_or(p.clip),
             targets: self.targets.clone().unwrap_or(p.targets),
         };
-        let problems = settings.problems(num_classes);
+        let problems: Vec<String> = known.err().into_iter().chain(settings.problems(num_classes)).collect();
         if problems.is_empty() { Ok(settings) } else { Err(problems) }
     }
 }

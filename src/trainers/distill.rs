@@ -160,9 +160,10 @@ impl TeacherFacts {
         })
     }
 
-    fn metadata(&self, arch: &str) -> Metadata {
+    fn metadata(&self, spec: &NetworkSpec) -> Metadata {
         let (g, n) = (self.geometry, &self.normalization);
-        Metadata::new(arch, &n.mean, &n.std, [g.height, g.width], &self.class_names)
+        let names = if spec.num_classes == self.num_classes { self.class_names.as_slice() } else { &[] };
+        Metadata::new(spec.arch(), &n.mean, &n.std, [g.height, g.width], names)
     }
 }
 
@@ -183,7 +184,8 @@ fn rate_factor(done: f64) -> f64 {
 }
 
 /// Trains a student. Ends when the budget is used up, or, with everything saved, once `stop` is set.
-pub fn run(options: &Options, stop: &Arc<AtomicBool>) -> anyhow::Result<Summary> {
+/// `listen` is called once the daemon was found and gives the flag: until then a signal may simply end the process.
+pub fn run(options: &Options, listen: impl FnOnce() -> anyhow::Result<Arc<AtomicBool>>) -> anyhow::Result<Summary> {
     let feed = Feed::connect(&options.connect, options.patience)?;
     let facts = TeacherFacts::from(&feed)?;
     let test = match &options.test_data {
@@ -191,15 +193,11 @@ pub fn run(options: &Options, stop: &Arc<AtomicBool>) -> anyhow::Result<Summary>
         None => None,
     };
     let mut training = Training::start(options, feed, facts, test)?;
-    while !stop.load(Ordering::Relaxed) && training.done() < 1.0 {
-        training.take_batches()?;
-        if training.may_step() {
-            training.step()?;
-        } else {
-            training.wait()?;
-        }
-    }
-    training.finish(!stop.load(Ordering::Relaxed))
+    let stop = listen()?;
+    let trained = training.go_on(&stop);
+    // Whatever ended the training, what was learned is kept; then the error is told.
+    let summary = training.finish(trained.is_ok() && !stop.load(Ordering::Relaxed));
+    trained.and(summary)
 }
 
 struct Training<'a> {
@@ -243,17 +241,23 @@ impl<'a> Training<'a> {
         let resumed = options.checkpoint.as_ref().filter(|path| path.exists());
         let fetched = if options.fetch && resumed.is_none() { feed.fetch_student(options.patience)? } else { None };
         let student = if let Some(path) = resumed {
-            let (checkpoint, network) = resume(path, &spec)?;
+            let (checkpoint, network, spec) = resume(path, options.arch.as_deref(), &facts)?;
             let number = |key: &str| checkpoint.metadata().get(key).and_then(|text| text.parse::<f64>().ok());
             let student = TrainableNetwork::load(&spec, &network, device);
             sgd.load(&student, &checkpoint);
             state.step = number("step").unwrap_or_default() as u64;
             state.consumed = number("consumed").unwrap_or_default() as u64;
-            before = Duration::from_secs_f64(number("seconds").unwrap_or_default().max(0.0));
+            before = Duration::from_secs_f64(number("seconds").unwrap_or_default().clamp(0.0, 1e9));
             eprintln!("distill: resuming {} at step {}", path.display(), state.step);
             student
         } else if let Some(fetched) = fetched {
-            let spec = NetworkSpec::from_checkpoint(&fetched.header.arch, &fetched.checkpoint)?;
+            let arch = &fetched.header.arch;
+            if options.arch.as_ref().is_some_and(|wanted| wanted != arch) {
+                bail!(
+                    "the daemon's newest student is a {arch}; leave --arch out to go on with it, or --fetch to start anew"
+                );
+            }
+            let spec = NetworkSpec::from_checkpoint(arch, &fetched.checkpoint)?;
             eprintln!("distill: starting from student version {}", fetched.header.version);
             TrainableNetwork::load(&spec, &fetched.checkpoint, device)
         } else {
@@ -269,7 +273,7 @@ impl<'a> Training<'a> {
                 device,
             ),
             rng: ChaCha8Rng::seed_from_u64(options.seed),
-            progress: Progress::new(),
+            progress: Progress::new(state.consumed),
             began: Instant::now(),
             batches: 0,
             own_steps: 0,
@@ -285,6 +289,18 @@ impl<'a> Training<'a> {
             before,
             state,
         })
+    }
+
+    fn go_on(&mut self, stop: &AtomicBool) -> anyhow::Result<()> {
+        while !stop.load(Ordering::Relaxed) && self.done() < 1.0 {
+            self.take_batches()?;
+            if self.may_step() {
+                self.step()?;
+            } else {
+                self.wait()?;
+            }
+        }
+        Ok(())
     }
 
     fn elapsed(&self) -> Duration {
@@ -328,7 +344,8 @@ impl<'a> Training<'a> {
     }
 
     fn may_step(&self) -> bool {
-        let paced = self.options.steps_per_batch.is_none_or(|most| self.own_steps < most * self.batches);
+        let paced =
+            self.options.steps_per_batch.is_none_or(|most| self.own_steps < most.saturating_mul(self.batches));
         self.buffer.len() >= self.options.min_images.max(1) && paced
     }
 
@@ -344,6 +361,8 @@ impl<'a> Training<'a> {
         let drawn = self.buffer.draw(self.options.batch_size, &mut self.rng);
         let images = self.options.augmentation.apply(&drawn.images, &mut self.rng);
         let logits = self.student.forward(&self.pixels.normalize(&images));
+        // A student may know more classes than the teacher: it learns the teacher's from it, and keeps the others.
+        let logits = logits.narrow(1, 0, self.facts.num_classes as i64);
         let loss = distillation_loss(&logits, &drawn.logits, self.options.temperature);
         loss.backward();
         let rate = self.options.learning_rate * rate_factor(self.done());
@@ -363,7 +382,7 @@ impl<'a> Training<'a> {
             self.report()?;
         }
         if step.is_multiple_of(self.options.push_every.max(1)) {
-            let snapshot = self.snapshot()?;
+            let snapshot = self.snapshot();
             self.feed.push(snapshot);
         }
         if step.is_multiple_of(self.options.eval_every) {
@@ -401,41 +420,46 @@ impl<'a> Training<'a> {
 
     fn measure(&mut self) {
         let Some(test) = &self.test else { return };
-        let accuracy = test.accuracy(|pixels| self.student.logits(&self.pixels.normalize(pixels)));
+        let classes = self.facts.num_classes as i64;
+        let logits = |pixels: &Tensor| self.student.logits(&self.pixels.normalize(pixels)).narrow(1, 0, classes);
+        let accuracy = test.accuracy(logits);
         self.state.accuracy = Some(accuracy);
         let seconds = self.elapsed().as_secs_f64();
         self.accuracies.push(Measurement { step: self.state.step, seconds, accuracy });
     }
 
-    fn snapshot(&self) -> anyhow::Result<Snapshot> {
+    fn snapshot(&self) -> Snapshot {
         let arch = self.student.spec().arch().to_owned();
-        let file = self.student.to_safetensors(&self.facts.metadata(&arch))?;
-        Ok(Snapshot { arch, file: file.into(), step: self.state.step })
+        let file = self.student.to_safetensors(&self.facts.metadata(self.student.spec()));
+        Snapshot { arch, file: file.into(), step: self.state.step }
     }
 
     fn save_checkpoint(&self) -> anyhow::Result<()> {
         let Some(path) = &self.options.checkpoint else { return Ok(()) };
         let metadata = self
             .facts
-            .metadata(self.student.spec().arch())
+            .metadata(self.student.spec())
             .with("step", self.state.step)
             .with("consumed", self.state.consumed)
             .with("seconds", self.elapsed().as_secs_f64());
-        write_whole(path, &self.student.to_safetensors_with(&metadata, &self.sgd.state())?)
+        write_whole(path, &self.student.to_safetensors_with(&metadata, &self.sgd.state()))
     }
 
     fn finish(mut self, complete: bool) -> anyhow::Result<Summary> {
+        if self.sums.2 > 0 {
+            let _ = self.report(); // a loss that is not finite has been told already, or is in the summary
+        }
         self.measure();
         self.save_checkpoint()?;
         // The daemon ends with the final weights, so that a next trainer can start from them.
-        let snapshot = self.snapshot()?;
+        let snapshot = self.snapshot();
         if let Some(path) = &self.options.out {
             write_whole(path, &snapshot.file)?;
         }
         if self.state.step > 0
             && let Err(error) = self.feed.push_and_wait(snapshot, WAIT * 10)
         {
-            tracing::warn!("the final student was not pushed: {error}");
+            eprintln!("distill: the final student was not pushed: {error}");
         }
         self.show();
         self.progress.finish(self.state);
@@ -465,16 +489,26 @@ impl<'a> Training<'a> {
     }
 }
 
-/// A training checkpoint, and the network in it alone.
-fn resume(path: &Path, spec: &NetworkSpec) -> anyhow::Result<(Checkpoint, Checkpoint)> {
-    let checkpoint = Checkpoint::open(path)?;
+/// A training checkpoint, the network in it alone, and what that is.
+fn resume(
+    path: &Path,
+    arch: Option<&str>,
+    facts: &TeacherFacts,
+) -> anyhow::Result<(Checkpoint, Checkpoint, NetworkSpec)> {
+    let checkpoint = Checkpoint::open(path).with_context(|| format!("cannot resume from {}", path.display()))?;
     let network = checkpoint.only(|name| !name.starts_with("momentum."));
-    let found = NetworkSpec::from_checkpoint(spec.arch(), &network)
-        .with_context(|| format!("cannot resume from {}", path.display()))?;
-    if found != *spec {
-        bail!("cannot resume from {}: its network is not a {} for this teacher", path.display(), spec.arch());
+    let known = checkpoint.metadata().get("arch").map(String::as_str);
+    if let (Some(arch), Some(known)) = (arch, known)
+        && arch != known
+    {
+        bail!("cannot resume from {}: it is the training of a {known}, not of a {arch}", path.display());
     }
-    Ok((checkpoint, network))
+    let spec = NetworkSpec::from_checkpoint(known.or(arch).unwrap_or(&facts.arch), &network)
+        .with_context(|| format!("cannot resume from {}", path.display()))?;
+    if spec.in_channels != facts.geometry.channels || spec.num_classes < facts.num_classes {
+        bail!("cannot resume from {}: its network does not fit this teacher's images and classes", path.display());
+    }
+    Ok((checkpoint, network, spec))
 }
 
 /// Writes a file so that a reader, or a crash, sees the old or the new one whole.

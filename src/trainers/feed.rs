@@ -7,7 +7,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::StreamExt;
 use tokio::runtime::{self, Runtime};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Mutex, mpsc, watch};
 use tonic::Code;
 
 use crate::client::{Backoff, Batch, Client, ClientError, Start, retry};
@@ -49,6 +49,8 @@ pub struct Feed {
     stats: Arc<FeedStats>,
     description: proto::DescribeResponse,
     client: Client,
+    /// Held during a push, so that an older student can never arrive after a newer one.
+    pushing: Arc<Mutex<()>>,
     runtime: Runtime,
 }
 
@@ -69,8 +71,10 @@ impl Feed {
         let (error_sender, push_errors) = mpsc::channel(1);
         let teacher = description.teacher.as_ref().map(|teacher| teacher.sha256.clone()).unwrap_or_default();
         runtime.spawn(receive(client.clone(), teacher, batch_sender, stats.clone()));
-        runtime.spawn(push(client.clone(), newest, error_sender, stats.clone()));
-        Ok(Self { batches, snapshots, push_errors, stats, description, client, runtime })
+        let pushing = Arc::new(Mutex::new(()));
+        let most = description.max_student_bytes;
+        runtime.spawn(push(client.clone(), newest, error_sender, stats.clone(), pushing.clone(), most));
+        Ok(Self { batches, snapshots, push_errors, stats, description, client, pushing, runtime })
     }
 
     /// What the daemon said of itself at the start.
@@ -109,8 +113,11 @@ impl Feed {
     /// Pushes weights and waits until the daemon has them, for up to `within`.
     pub fn push_and_wait(&self, snapshot: Snapshot, within: Duration) -> Result<(), ClientError> {
         let Snapshot { arch, file, step } = snapshot;
-        let pushed =
-            self.runtime.block_on(retry(within, || self.client.push_student(&arch, file.clone(), step, None)))?;
+        self.snapshots.send_replace(None);
+        let pushed = self.runtime.block_on(async {
+            let _turn = self.pushing.lock().await;
+            retry(within, || self.client.push_student(&arch, file.clone(), step, None)).await
+        })?;
         if !pushed.already_current {
             self.stats.students.fetch_add(1, Ordering::Relaxed);
         }
@@ -138,7 +145,9 @@ async fn receive(
     let mut start = Start::Earliest;
     let mut backoff = Backoff::default();
     loop {
-        let error = match client.stream(start.clone()).await {
+        let stream = client.stream(start.clone()).await;
+        let connected = stream.is_ok();
+        let error = match stream {
             Err(error) => error,
             Ok(mut stream) => loop {
                 match stream.next().await {
@@ -169,11 +178,12 @@ async fn receive(
             // Another log (the daemon was restarted), or retention was faster: go on with the oldest that is there.
             tracing::warn!("{error}; going on from the oldest image");
             start = Start::Earliest;
-        } else if !error.is_transient() {
+        } else if !error.is_transient() && error.code() != Some(Code::ResourceExhausted) {
             let _ = batches.send(Err(error)).await;
             return;
         } else {
-            stats.reconnects.fetch_add(1, Ordering::Relaxed);
+            // The old connection's place may still be taken for a while: then the daemon asks for patience.
+            stats.reconnects.fetch_add(u64::from(connected), Ordering::Relaxed);
             tracing::warn!("{error}; reconnecting");
         }
         tokio::select! {
@@ -188,12 +198,19 @@ async fn push(
     mut newest: watch::Receiver<Option<Snapshot>>,
     errors: mpsc::Sender<ClientError>,
     stats: Arc<FeedStats>,
+    pushing: Arc<Mutex<()>>,
+    max_student_bytes: u64,
 ) {
     let mut backoff = Backoff::default();
     while newest.changed().await.is_ok() {
         loop {
             let Some(Snapshot { arch, file, step }) = newest.borrow_and_update().clone() else { break };
-            match client.push_student(&arch, file, step, None).await {
+            let fits = file.len() as u64 <= max_student_bytes;
+            let pushed = {
+                let _turn = pushing.lock().await;
+                client.push_student(&arch, file, step, None).await
+            };
+            match pushed {
                 Ok(pushed) => {
                     backoff.reset();
                     if !pushed.already_current {
@@ -203,7 +220,7 @@ async fn push(
                     tracing::debug!(version = pushed.version, step, "pushed the student");
                     break;
                 }
-                Err(error) if error.is_transient() || error.code() == Some(Code::ResourceExhausted) => {
+                Err(error) if error.is_transient() || fits && error.code() == Some(Code::ResourceExhausted) => {
                     tracing::warn!("{error}; pushing again");
                     backoff.pause().await;
                 }

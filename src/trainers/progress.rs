@@ -34,12 +34,15 @@ pub struct State {
 pub struct Progress {
     bar: Option<ProgressBar>,
     began: Instant,
+    /// Images drawn before this process began.
+    before: u64,
     shown: Option<Instant>,
 }
 
 impl Progress {
     /// A bar where standard error is a terminal.
-    pub fn new() -> Self {
+    /// `consumed`: images drawn by earlier parts of a resumed training.
+    pub fn new(consumed: u64) -> Self {
         let bar = std::io::stderr().is_terminal().then(|| {
             let bar = ProgressBar::new(1000);
             if let Ok(style) = ProgressStyle::with_template("{bar:30} {percent:>3} %  {msg}") {
@@ -47,7 +50,7 @@ impl Progress {
             }
             bar
         });
-        Self { bar, began: Instant::now(), shown: None }
+        Self { bar, began: Instant::now(), before: consumed, shown: None }
     }
 
     /// Shows a state, unless one was shown just now.
@@ -74,7 +77,7 @@ impl Progress {
     }
 
     fn line(&self, state: State) -> String {
-        let rate = state.consumed as f64 / self.began.elapsed().as_secs_f64().max(1e-9);
+        let rate = state.consumed.saturating_sub(self.before) as f64 / self.began.elapsed().as_secs_f64().max(1e-9);
         let accuracy =
             state.accuracy.map_or(String::new(), |accuracy| format!("accuracy {:.1} %  ", accuracy * 100.0));
         format!(
@@ -85,11 +88,5 @@ impl Progress {
             state.received,
             state.pushed
         )
-    }
-}
-
-impl Default for Progress {
-    fn default() -> Self {
-        Self::new()
     }
 }
