@@ -107,7 +107,7 @@ NORMALIZATION := --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225
 .PHONY: bench-dreams
 bench-dreams: build ## 256 images of the CIFAR teacher by DeepInversion in 2,000 steps: time, and who recognizes them
 	@$(say) "bench-dreams: about a quarter of an hour on two cores"
-	@target/release/dreamfeed dream --teacher $(BENCH_TEACHER) --arch resnet20 $(NORMALIZATION) \
+	@OMP_WAIT_POLICY=active target/release/dreamfeed dream --teacher $(BENCH_TEACHER) --arch resnet20 $(NORMALIZATION) \
 	  --preset cifar10 --compete-weight 0 --batch-size 256 --images 256 --iterations 2000 --seed 1 \
 	  --verifier $(BENCH_VERIFIER) --verifier-arch resnet56 --grid out/bench/dreams.png
 

@@ -140,7 +140,9 @@ class Daemon:
         """The sum of a counter's series on the daemon's /metrics."""
         with urllib.request.urlopen(f"http://{self.admin}/metrics", timeout=10) as page:
             lines = page.read().decode().splitlines()
-        return int(sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name}{{", f"{name} "))))
+        return int(
+            sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
+        )
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         self.process.send_signal(signal.SIGTERM)
@@ -165,7 +167,7 @@ def distill(daemon: Daemon, test: Path, out: Path, flags: list[str]) -> dict:
         str(BINARY),
         "distill",
         *("--connect", f"http://{daemon.grpc}"),
-        *("--test-data", str(test), "--threads", "1"),
+        *("--test-data", str(test)),
         *("--out", str(student), "--summary", str(summary), "--grid", str(grid)),
         *flags,
     ]
@@ -228,7 +230,7 @@ def run(teacher: Path, test: Path, out: Path, budget: Budget, synthesis: list[st
                 *("--learning-rate", str(budget.learning_rate), "--temperature", str(budget.temperature)),
                 *("--push-every", str(budget.steps_per_batch)),
                 *("--augment", budget.augment),
-                *("--seed", str(budget.seed)),
+                *("--seed", str(budget.seed), "--threads", "1"),
             ],
         )
         dreamed = daemon.counter("dreamfeed_images_synthesized_total")
