@@ -93,6 +93,25 @@ impl DeviceOption {
     }
 }
 
+/// Where a local tool runs and with how many threads: the same flags everywhere.
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub struct DeviceArgs {
+    /// Where to run: auto, cpu, cuda or cuda:N.
+    #[arg(long, default_value_t)]
+    device: DeviceOption,
+    /// Threads of libtorch's operators; default: one a core.
+    #[arg(long)]
+    threads: Option<NonZeroUsize>,
+}
+
+impl DeviceArgs {
+    /// Bounds libtorch's threads and gives the device.
+    pub fn prepare(self) -> Result<Device, DeviceError> {
+        set_threads(self.threads);
+        self.device.resolve()
+    }
+}
+
 /// Bounds the threads that libtorch's operators use in this process; `None` leaves its default, one a core.
 pub fn set_threads(threads: Option<NonZeroUsize>) {
     if let Some(threads) = threads {

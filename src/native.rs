@@ -34,7 +34,8 @@ pub fn keep_freed_memory() {
     }
 }
 
-/// Ends the process without running destructors of this program or of its libraries.
+/// Ends the process without running destructors of this program or of its libraries: libtorch's would pull the ground
+/// from under a step that still runs on another thread, and the process would end with a crash instead of `code`.
 pub fn exit_now(code: i32) -> ! {
     // SAFETY: _exit never returns and touches no memory of the process.
     unsafe { libc::_exit(code) }

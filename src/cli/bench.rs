@@ -1,13 +1,12 @@
 //! `dreamfeed bench`: what one optimizer step costs.
 
-use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use tch::{Kind, Tensor};
 
 use crate::client::Client;
-use crate::device::{DeviceOption, set_threads};
+use crate::device::DeviceArgs;
 use crate::model::network::FrozenNetwork;
 use crate::model::source::{NetworkSource, SourceOptions};
 use crate::synthesis::settings::SynthesisOptions;
@@ -65,12 +64,8 @@ struct SynthArgs {
     /// Steps before the first that is measured.
     #[arg(long, default_value_t = 3)]
     warmup: u16,
-    /// Where to run: auto, cpu, cuda or cuda:N.
-    #[arg(long, default_value_t)]
-    device: DeviceOption,
-    /// Threads of libtorch's operators; default: one a core.
-    #[arg(long)]
-    threads: Option<NonZeroUsize>,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
@@ -141,8 +136,7 @@ fn rpc(args: &RpcArgs) -> anyhow::Result<()> {
 }
 
 fn synth(args: SynthArgs) -> anyhow::Result<()> {
-    set_threads(args.threads);
-    let device = args.device.resolve()?;
+    let device = args.device.prepare()?;
     let source = NetworkSource::open(&args.teacher, &args.source)?;
     let options = SynthesisOptions {
         batch_size: Some(args.batch),

@@ -1,6 +1,6 @@
 //! `dreamfeed distill`: trains a student on a daemon's stream.
 
-use std::num::{NonZeroU64, NonZeroUsize};
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tracing_subscriber::EnvFilter;
 
-use crate::device::{DeviceOption, set_threads};
+use crate::device::DeviceArgs;
 use crate::telemetry::{self, LogFormat};
 use crate::trainers::augment::Augmentation;
 use crate::trainers::distill::{self, Budget, Options};
@@ -91,12 +91,8 @@ pub struct Args {
     /// Decides the initial weights and what is drawn.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Where to train: auto, cpu, cuda or cuda:N.
-    #[arg(long, default_value_t)]
-    device: DeviceOption,
-    /// Threads of libtorch's operators; default: one a core.
-    #[arg(long)]
-    threads: Option<NonZeroUsize>,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Print the summary as JSON.
     #[arg(long)]
     json: bool,
@@ -114,7 +110,6 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     positive("--weight-decay", args.weight_decay, true)?;
     positive("--momentum", args.momentum, true)?;
     telemetry::install_logs(LogFormat::Text, EnvFilter::new("warn"));
-    set_threads(args.threads);
     let options = Options {
         connect: args.connect,
         patience: args.connect_timeout.min(LONGEST_PATIENCE),
@@ -142,7 +137,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         summary: args.summary,
         grid: args.grid,
         seed: args.seed,
-        device: args.device.resolve()?,
+        device: args.device.prepare()?,
     };
     let summary = distill::run(&options, stop_on_signal)?;
     if args.json {
@@ -175,7 +170,7 @@ fn stop_on_signal() -> anyhow::Result<Arc<AtomicBool>> {
             for count in 0.. {
                 tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
                 if count > 0 {
-                    std::process::exit(130);
+                    crate::native::exit_now(130);
                 }
                 seen.store(true, Ordering::Relaxed);
             }

@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::Context;
 use tch::{Kind, Tensor};
 
-use crate::device::{DeviceOption, set_threads};
+use crate::device::DeviceArgs;
 use crate::grid;
 use crate::model::labelled::accuracy;
 use crate::model::network::FrozenNetwork;
@@ -51,12 +51,8 @@ pub struct Args {
     /// Decides what is made.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Where to run: auto, cpu, cuda or cuda:N.
-    #[arg(long, default_value_t)]
-    device: DeviceOption,
-    /// Threads of libtorch's operators; default: one a core.
-    #[arg(long)]
-    threads: Option<NonZeroUsize>,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
@@ -112,8 +108,7 @@ fn open(
 
 /// Runs the subcommand.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    set_threads(args.threads);
-    let device = args.device.resolve()?;
+    let device = args.device.prepare()?;
     let source = NetworkSource::open(&args.teacher, &args.source)?;
     let settings = args
         .synthesis

@@ -1,9 +1,8 @@
 //! `dreamfeed evaluate`: a network's accuracy on labelled pictures.
 
-use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
-use crate::device::{DeviceOption, set_threads};
+use crate::device::DeviceArgs;
 use crate::model::labelled::LabelledImages;
 use crate::model::source::{NetworkSource, SourceOptions};
 use crate::synthesis::Teacher;
@@ -19,12 +18,8 @@ pub struct Args {
     /// Labelled pictures in CIFAR binary format: records of 1 byte of class and C*H*W bytes of pixels.
     #[arg(long, value_name = "FILE")]
     data: PathBuf,
-    /// Where to run: auto, cpu, cuda or cuda:N.
-    #[arg(long, default_value_t)]
-    device: DeviceOption,
-    /// Threads of libtorch's operators; default: one a core.
-    #[arg(long)]
-    threads: Option<NonZeroUsize>,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Print one JSON object: {"accuracy": 0.91, "count": 5000}.
     #[arg(long)]
     json: bool,
@@ -32,10 +27,10 @@ pub struct Args {
 
 /// Runs the subcommand.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    set_threads(args.threads);
+    let device = args.device.prepare()?;
     let source = NetworkSource::open(&args.model, &args.source)?;
     let data = LabelledImages::open(&args.data, source.geometry, source.spec.num_classes)?;
-    let network = Teacher::load(&source, args.device.resolve()?, tch::Kind::Float);
+    let network = Teacher::load(&source, device, tch::Kind::Float);
     let accuracy = data.accuracy(|pixels| network.network.logits(&network.pixels.normalize(pixels)));
     if args.json {
         println!("{}", serde_json::json!({ "accuracy": accuracy, "count": data.count() }));

@@ -145,7 +145,7 @@ pub async fn run(config: Config, listeners: Listeners) -> Result<(), ServeError>
         let name = signals.next().await;
         eprintln!("error: {name} again: exiting at once");
         remove(impatient.as_deref());
-        std::process::exit(1);
+        crate::native::exit_now(1);
     });
     // The follower first: it must not report again once the names are cleared.
     let _ = following.await;
