@@ -23,10 +23,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--arch", default="resnet20")
-    parser.add_argument("--synthesis", default="--preset cifar10-live", help="flags of dreamfeed serve")
+    parser.add_argument(
+        "--synthesis",
+        default="--preset cifar10-live --iterations 24 --learning-rate 0.3",
+        help="flags of dreamfeed serve",
+    )
     parser.add_argument(
         "--training",
-        default="--temperature 8 --augment shift:2,flip --min-images 256 --threads 2 --steps-per-batch 80",
+        default="--temperature 8 --augment shift:2,flip --min-images 256 --threads 2 --steps-per-batch 64",
         help="more flags of dreamfeed distill",
     )
     parser.add_argument("--out-dir", type=Path, default=ROOT / "out/bench/distill")

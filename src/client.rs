@@ -16,6 +16,8 @@ use crate::proto::dreamfeed_service_client::DreamfeedServiceClient;
 use crate::proto::stream_start::Position;
 use crate::proto::{fetch_student_response, push_student_request};
 
+/// The trailer that carries [`ClientError::next_sequence`].
+pub(crate) const NEXT_SEQUENCE: &str = "dreamfeed-next-sequence";
 /// Bytes of one piece of a pushed file.
 const PIECE_BYTES: usize = 2 << 20;
 /// What the daemon may send ahead: the receiver's windows rule.
@@ -68,6 +70,14 @@ impl ClientError {
     pub fn code(&self) -> Option<Code> {
         match self {
             Self::Status { status, .. } => Some(status.code()),
+            _ => None,
+        }
+    }
+
+    /// Where a stream can go on that was overtaken by retention, or met an image that is lost to damage.
+    pub fn next_sequence(&self) -> Option<u64> {
+        match self {
+            Self::Status { status, .. } => status.metadata().get(NEXT_SEQUENCE)?.to_str().ok()?.parse().ok(),
             _ => None,
         }
     }
@@ -136,10 +146,16 @@ pub struct Batch {
     pub count: usize,
     /// The newest accepted student version when this was sent, 0 = none.
     pub current_student_version: u64,
-    /// Images in the log after this message when it was sent.
+    /// How many of them are fresh; those come first.
+    pub fresh_count: usize,
+    /// Images in the log after this message's cursor when it was sent.
     pub lag: u64,
-    /// The age of the batch when it was sent.
+    /// The age of the oldest image in it when it was sent.
     pub age: Duration,
+    /// The share of the images sent on this stream so far that were replayed, 0..1.
+    pub realized_replay_ratio: f32,
+    /// Images that this stream passed over so far because they were too stale.
+    pub stale_images: u64,
 }
 
 impl Batch {
@@ -167,6 +183,15 @@ impl Batch {
     /// JS divergence of teacher and student at birth, `[N]`, in nats.
     pub fn competition(&self) -> Result<Vec<f32>, ClientError> {
         self.vector("competition", Dtype::F32, f32::from_le_bytes)
+    }
+
+    /// Each image's sequence, `[N]`.
+    pub fn sequences(&self) -> Result<Vec<u64>, ClientError> {
+        if self.payload.get("sequence").is_none() {
+            // A whole chunk: its images are consecutive.
+            return Ok((self.first_sequence..).take(self.count).collect());
+        }
+        self.vector("sequence", Dtype::I64, u64::from_le_bytes)
     }
 
     /// The teacher's logits, `[N, K]` row-major; and K.
@@ -222,7 +247,10 @@ impl TryFrom<proto::StreamResponse> for Batch {
             first_sequence: response.first_sequence,
             count: response.count as usize,
             current_student_version: response.current_student_version,
+            fresh_count: response.fresh_count as usize,
             lag: response.lag,
+            realized_replay_ratio: response.realized_replay_ratio,
+            stale_images: response.stale_images,
             age: response.age.and_then(|age| age.try_into().ok()).unwrap_or_default(),
         })
     }

@@ -17,7 +17,9 @@ use std::time::Duration;
 use serde::{Deserialize, Deserializer, Serialize};
 use tracing_subscriber::EnvFilter;
 
+use crate::delivery::DemandMode;
 use crate::engine::{DeviceOption, EngineOptions};
+use crate::log::{self, Retention};
 use crate::model::source::{NetworkSource, SourceOptions};
 use crate::students::StudentLimits;
 use crate::synthesis::settings::SynthesisOptions;
@@ -34,6 +36,11 @@ pub struct ServeOptions {
     /// The pretrained network to dream from, a safetensors file. Required.
     #[arg(long, value_name = "FILE")]
     pub teacher: Option<PathBuf>,
+    /// Where the log and the students are kept: a folder, s3://BUCKET/PREFIX, gs://, az://, or memory: (gone with the
+    /// process). One store belongs to one teacher; several daemons may share it
+    /// [default: dreamfeed-store/ and the first 12 digits of the teacher's SHA-256].
+    #[arg(long, value_name = "LOCATION")]
+    pub store: Option<String>,
     /// The address of the gRPC service; port 0 takes any free one [default: 127.0.0.1:7461].
     #[arg(long, value_name = "ADDR")]
     pub listen: Option<SocketAddr>,
@@ -80,10 +87,13 @@ pub struct ServeOptions {
     #[arg(long, value_name = "FILTER")]
     pub log_level: Option<String>,
     /// The log of images.
-    #[command(flatten)]
+    #[command(flatten, next_help_heading = "Log of images")]
     pub log: LogOptions,
-    /// Pushed students.
+    /// When to synthesize.
     #[command(flatten)]
+    pub demand: DemandOptions,
+    /// Pushed students.
+    #[command(flatten, next_help_heading = "Students")]
     pub students: StudentOptions,
     /// How to read the teacher's file.
     #[command(flatten, next_help_heading = "Teacher, where its file does not tell")]
@@ -97,9 +107,34 @@ pub struct ServeOptions {
 #[derive(Clone, Debug, Default, Serialize, Deserialize, clap::Args)]
 #[serde(default, deny_unknown_fields)]
 pub struct LogOptions {
-    /// Memory for the log of images, for example 1GiB [default: 256MiB].
-    #[arg(long = "log-memory-bytes", value_name = "BYTES")]
-    pub memory_bytes: Option<ByteCount>,
+    /// Memory for recent chunks, one cache for all readers [default: 256MiB].
+    #[arg(id = "log_cache_bytes", long = "log-cache-bytes", value_name = "BYTES")]
+    pub cache_bytes: Option<ByteCount>,
+    /// Retention: let the oldest chunks go beyond this many bytes [default: 10GiB].
+    #[arg(id = "log_max_bytes", long = "log-max-bytes", value_name = "BYTES")]
+    pub max_bytes: Option<ByteCount>,
+    /// Retention: let the oldest chunks go beyond this many images [default: no bound].
+    #[arg(id = "log_max_images", long = "log-max-images", value_name = "N")]
+    pub max_images: Option<u64>,
+    /// Retention: let chunks go that are older than this, for example 7days [default: no bound].
+    #[arg(id = "log_max_age", long = "log-max-age", value_name = "DURATION")]
+    pub max_age: Option<Span>,
+    /// Never let go of the first this many images of the log, rounded up to whole chunks: a seed set for replay
+    /// [default: 0].
+    #[arg(id = "log_seed_images", long = "log-seed-images", value_name = "N")]
+    pub seed_images: Option<u64>,
+}
+
+/// When to synthesize.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, clap::Args)]
+#[serde(default, deny_unknown_fields)]
+pub struct DemandOptions {
+    /// Synthesize always, or only while somebody subscribes to fresh images and has few ahead of it [default: always].
+    #[arg(id = "demand_mode", long = "demand", value_enum, value_name = "MODE")]
+    pub mode: Option<DemandMode>,
+    /// With --demand subscribers: rest once the foremost subscriber has this many images ahead of it [default: 4 batches].
+    #[arg(id = "demand_max_lag", long = "demand-max-lag", value_name = "N")]
+    pub max_lag: Option<u64>,
 }
 
 /// Pushed students.
@@ -107,19 +142,19 @@ pub struct LogOptions {
 #[serde(default, deny_unknown_fields)]
 pub struct StudentOptions {
     /// The largest student file that a push may bring [default: 256MiB].
-    #[arg(long = "max-student-bytes", value_name = "BYTES")]
+    #[arg(id = "students_max_student_bytes", long = "max-student-bytes", value_name = "BYTES")]
     pub max_bytes: Option<ByteCount>,
     /// Pushes under way at one time; each may hold a whole file in memory [default: 4].
-    #[arg(long = "max-pushes", value_name = "N")]
+    #[arg(id = "students_max_pushes", long = "max-pushes", value_name = "N")]
     pub max_pushes: Option<usize>,
     /// Newest versions that can still be fetched [default: 3].
-    #[arg(long = "kept-students", value_name = "N")]
+    #[arg(id = "students_kept_students", long = "kept-students", value_name = "N")]
     pub kept_versions: Option<usize>,
     /// Abandon a push when no message arrived for this long [default: 30s].
-    #[arg(long = "push-idle-timeout", value_name = "DURATION")]
+    #[arg(id = "students_push_idle_timeout", long = "push-idle-timeout", value_name = "DURATION")]
     pub idle_timeout: Option<Span>,
     /// Abandon a push that is not complete after this long [default: 10min].
-    #[arg(long = "push-timeout", value_name = "DURATION")]
+    #[arg(id = "students_push_timeout", long = "push-timeout", value_name = "DURATION")]
     pub push_timeout: Option<Span>,
 }
 
@@ -225,8 +260,14 @@ pub struct Config {
     pub drain_timeout: Duration,
     /// The bound on the age of the engine's heartbeat.
     pub liveness_timeout: Duration,
-    /// The bound on the log, in bytes.
-    pub log_memory_bytes: u64,
+    /// Where the log and the students are kept.
+    pub store: String,
+    /// How the log is kept.
+    pub log: log::LogOptions,
+    /// When to synthesize.
+    pub demand_mode: DemandMode,
+    /// The images that the foremost subscriber may have ahead of it before synthesis rests.
+    pub demand_max_lag: u64,
     /// What pushes may cost.
     pub students: StudentLimits,
     /// How the daemon's own log lines look.
@@ -292,8 +333,15 @@ impl Config {
             let (_, ok, problem) = count("threads", options.threads, 1, 1024);
             check(ok, problem);
         }
-        let log_memory_bytes = options.log.memory_bytes.map_or(256 << 20, |bytes| bytes.0);
-        check(log_memory_bytes > 0, "log.memory_bytes is 0; give for example 256MiB".into());
+        let cache_bytes = options.log.cache_bytes.map_or(256 << 20, |bytes| bytes.0);
+        check(cache_bytes > 0, "log.cache_bytes is 0; give for example 256MiB".into());
+        let keep_bytes = options.log.max_bytes.map_or(10 << 30, |bytes| bytes.0);
+        check(keep_bytes > 0, "log.max_bytes is 0; give for example 10GiB".into());
+        let keep_images = options.log.max_images;
+        check(keep_images != Some(0), "log.max_images is 0; give at least 1, or leave it out".into());
+        check(options.demand.max_lag != Some(0), "demand.max_lag is 0; give at least 1".into());
+        let store = options.store.clone();
+        check(store.as_ref().is_none_or(|store| !store.is_empty()), "store is empty; give a folder or a URL".into());
         let max_bytes = options.students.max_bytes.map_or(256 << 20, |bytes| bytes.0);
         check(max_bytes > 0, "students.max_bytes is 0; give for example 256MiB".into());
 
@@ -304,6 +352,7 @@ impl Config {
             value
         };
         // Whoever stops a daemon waits ten seconds; the last of them is for ending the process.
+        let max_age = options.log.max_age.map(|age| span("log.max_age", Some(age), 0, 100 * 365 * 86_400));
         let drain_timeout = span("drain_timeout", options.drain_timeout, 8, 9);
         let liveness_timeout = span("liveness_timeout", options.liveness_timeout, 120, 86_400);
         let idle_timeout = span("students.idle_timeout", options.students.idle_timeout, 30, 3600);
@@ -324,13 +373,27 @@ impl Config {
             problems.extend(all.iter().map(|problem| format!("synthesis: {problem}")));
         }
         let teacher = teacher.map_err(|problem| problems.push(problem)).ok()?;
+        let settings = settings.ok()?;
+        let identity: String = teacher.identity.chars().take(12).collect();
 
         Some(Self {
+            store: store.unwrap_or_else(|| format!("dreamfeed-store/{identity}")),
+            log: log::LogOptions {
+                retention: Retention {
+                    max_bytes: Some(keep_bytes),
+                    max_images: keep_images,
+                    max_age,
+                    seed_images: options.log.seed_images.unwrap_or(0),
+                },
+                cache_bytes,
+            },
+            demand_mode: options.demand.mode.unwrap_or_default(),
+            demand_max_lag: options.demand.max_lag.unwrap_or(4 * settings.batch_size as u64),
             teacher: Arc::new(teacher),
             engine: EngineOptions {
                 device: options.device.unwrap_or_default(),
                 threads: options.threads,
-                settings: settings.ok()?,
+                settings,
                 seed: options.seed.unwrap_or(0),
                 max_images: options.max_images,
             },
@@ -341,7 +404,6 @@ impl Config {
             max_streams,
             drain_timeout,
             liveness_timeout,
-            log_memory_bytes,
             students: StudentLimits { max_bytes, max_pushes, kept_versions, idle_timeout, push_timeout },
             log_format: options.log_format.unwrap_or_default(),
             log_filter,

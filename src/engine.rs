@@ -39,6 +39,9 @@ const MAX_DROPPED: u32 = 3;
 /// The pause after a run that was dropped.
 const DROPPED_PAUSE: Duration = Duration::from_millis(100);
 
+/// How soon new demand is seen.
+const DEMAND_PAUSE: Duration = Duration::from_millis(50);
+
 /// The pause after a run that failed.
 const FAILURE_PAUSE: Duration = Duration::from_secs(1);
 
@@ -68,6 +71,8 @@ pub enum EngineState {
     Loading,
     /// Making images.
     Synthesizing,
+    /// No images are wanted.
+    Resting,
     /// A finished batch waits because the queue to the log is full.
     Blocked,
     /// `max_images` are made.
@@ -78,13 +83,15 @@ pub enum EngineState {
 
 impl EngineState {
     /// Every state, in the order of their numbers.
-    pub const ALL: [Self; 5] = [Self::Loading, Self::Synthesizing, Self::Blocked, Self::Finished, Self::Failed];
+    pub const ALL: [Self; 6] =
+        [Self::Loading, Self::Synthesizing, Self::Resting, Self::Blocked, Self::Finished, Self::Failed];
 
     /// The state's name in metrics and pages.
     pub fn name(self) -> &'static str {
         match self {
             Self::Loading => "loading",
             Self::Synthesizing => "synthesizing",
+            Self::Resting => "resting",
             Self::Blocked => "blocked",
             Self::Finished => "finished",
             Self::Failed => "failed",
@@ -169,12 +176,16 @@ impl Engine {
     }
 }
 
+/// Whether images are wanted now; asked between two synthesis runs.
+pub type Wanted = Arc<dyn Fn() -> bool + Send + Sync>;
+
 /// Starts the engine. Call within a tokio runtime: the engine waits on its queues with that runtime's timers, but no
 /// task of the runtime ever runs on the engine's thread.
 pub fn spawn(
     source: Arc<NetworkSource>,
     options: EngineOptions,
     students: watch::Receiver<Option<Arc<Student>>>,
+    wanted: Wanted,
     output: async_channel::Sender<DreamBatch>,
     stop: CancellationToken,
 ) -> io::Result<Engine> {
@@ -186,7 +197,7 @@ pub fn spawn(
     let seen = status.clone();
     let thread = thread::Builder::new().name("engine".into()).spawn(move || {
         let outcome = catch_unwind(AssertUnwindSafe(|| {
-            run(source, options, device, students, output, stop, runtime, seen.clone())
+            run(source, options, device, students, wanted, output, stop, runtime, seen.clone())
         }));
         match outcome {
             Ok(Ok(())) => {}
@@ -218,6 +229,7 @@ fn run(
     options: EngineOptions,
     device: Device,
     students: watch::Receiver<Option<Arc<Student>>>,
+    wanted: Wanted,
     output: async_channel::Sender<DreamBatch>,
     stop: CancellationToken,
     runtime: Handle,
@@ -235,6 +247,14 @@ fn run(
     let mut failures = 0;
     let mut dropped = 0;
     while options.max_images.is_none_or(|most| made < most) {
+        if !wanted() {
+            world.status.enter(EngineState::Resting);
+            world.rest(&runtime, DEMAND_PAUSE);
+            if world.stop.is_cancelled() {
+                return Ok(());
+            }
+            continue;
+        }
         world.status.enter(EngineState::Synthesizing);
         let batch = match catch_unwind(AssertUnwindSafe(|| synthesizer.run(&teacher, &mut world))) {
             Ok(Ok(batch)) => batch,

@@ -3,6 +3,7 @@
 pub mod cli;
 pub mod client;
 pub mod config;
+pub mod delivery;
 pub mod device;
 pub mod engine;
 pub mod grid;
@@ -10,6 +11,7 @@ pub mod log;
 pub mod model;
 pub mod native;
 pub mod server;
+pub mod storage;
 pub mod students;
 pub mod synthesis;
 pub mod telemetry;

@@ -38,6 +38,9 @@ const RPC_BUCKETS: &[f64] = &[1e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2
 const DEVICE_BUCKETS: &[f64] =
     &[1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
 
+/// From the tail of the log to what is left of last week.
+const AGE_BUCKETS: &[f64] = &[0.1, 1.0, 10.0, 60.0, 600.0, 3600.0, 21_600.0, 86_400.0, 604_800.0];
+
 macro_rules! metrics {
     ($($id:ident = $name:literal, $kind:expr, $unit:ident, $help:literal;)*) => {
         $(#[doc = $help] pub const $id: &str = $name;)*
@@ -68,7 +71,11 @@ metrics! {
     COMPETITION_JS = "dreamfeed_competition_js_nats", Kind::Gauge, Count,
         "Mean Jensen-Shannon divergence of teacher and student on the last batch, in nats.";
     ENGINE_STATE = "dreamfeed_engine_state", Kind::Gauge, Count,
-        "1 for the state that the engine is in, 0 for the others. state: loading, synthesizing, blocked, finished, failed.";
+        "1 for the state that the engine is in, 0 for the others. state: loading, synthesizing, resting (see dreamfeed_demand), \
+         blocked (the log is slower), finished, failed.";
+    DEMAND = "dreamfeed_demand", Kind::Gauge, Count,
+        "1 for the reason why images are made or not, 0 for the others. reason: always, wanted (a subscriber is nearly done with \
+         what there is); and, not made: no_subscriber, lag (every subscriber has enough ahead of it), storage (it takes none).";
     ENGINE_HEARTBEAT_AGE_SECONDS = "dreamfeed_engine_heartbeat_age_seconds", Kind::Gauge, Seconds,
         "Time since the engine last showed that it lives.";
     QUEUE_CHUNKS = "dreamfeed_queue_chunks", Kind::Gauge, Count,
@@ -82,20 +89,42 @@ metrics! {
     LOG_NEXT_SEQUENCE = "dreamfeed_log_next_sequence", Kind::Gauge, Count,
         "The sequence that the next image will get.";
     LOG_CHUNKS = "dreamfeed_log_chunks", Kind::Gauge, Count, "Chunks in the log.";
+    LOG_IMAGES = "dreamfeed_log_images", Kind::Gauge, Count, "Images in the log, a seed set's included.";
+    LOG_LOST_IMAGES = "dreamfeed_log_lost_images", Kind::Gauge, Count, "Images of the log that are lost to damage.";
+    LOG_QUARANTINED_CHUNKS = "dreamfeed_log_quarantined_chunks_total", Kind::Counter, Count,
+        "Chunks that turned out to be damaged, and were moved aside.";
+    LOG_CACHE_BYTES = "dreamfeed_log_cache_bytes", Kind::Gauge, Bytes, "Memory that the cache of recent chunks holds.";
+    LOG_CACHE_CAPACITY_BYTES = "dreamfeed_log_cache_capacity_bytes", Kind::Gauge, Bytes, "The bound on that memory.";
+    LOG_APPEND_SECONDS = "dreamfeed_log_append_seconds", Kind::Histogram(DEVICE_BUCKETS), Seconds,
+        "Time from a finished batch to its durable chunk: encoding, hashing, writing.";
+    STORAGE_FAULT = "dreamfeed_storage_fault", Kind::Gauge, Count,
+        "1 while the storage takes no images and synthesis waits for it, otherwise 0.";
+    STORAGE_ERRORS = "dreamfeed_storage_errors_total", Kind::Counter, Count,
+        "Calls to the storage that failed. operation: append, read, upkeep.";
     LOG_BYTES = "dreamfeed_log_bytes", Kind::Gauge, Bytes, "Bytes in the log.";
-    LOG_CAPACITY_BYTES = "dreamfeed_log_capacity_bytes", Kind::Gauge, Bytes, "The bound on those bytes.";
+    LOG_CAPACITY_BYTES = "dreamfeed_log_capacity_bytes", Kind::Gauge, Bytes, "The bound on those bytes, 0 = none.";
     LOG_EVICTED_CHUNKS = "dreamfeed_log_evicted_chunks_total", Kind::Counter, Count,
         "Chunks that left the log to keep it within its bound.";
     SUBSCRIBERS = "dreamfeed_subscribers", Kind::Gauge, Count, "Open streams.";
     SUBSCRIBERS_CAPACITY = "dreamfeed_subscribers_capacity", Kind::Gauge, Count, "The bound on open streams.";
     STREAM_ENDS = "dreamfeed_stream_ends_total", Kind::Counter, Count,
-        "Streams ended. reason: client (it left), draining, failed (the engine), overtaken (by the log), error.";
-    IMAGES_SENT = "dreamfeed_images_sent_total", Kind::Counter, Count, "Images sent, over all streams.";
+        "Streams ended. reason: client (it left), draining, failed (the engine), overtaken (by retention), lost (a damaged chunk), \
+         storage (it does not answer), error.";
+    SUBSCRIBERS_FRESH = "dreamfeed_subscribers_fresh", Kind::Gauge, Count, "Open streams that want fresh images.";
+    LAG_IMAGES = "dreamfeed_lag_images", Kind::Gauge, Count,
+        "Images in the log that streams of fresh images have not been sent yet. bound: min (the foremost stream), max (the hindmost).";
+    SENT_AGE_SECONDS = "dreamfeed_sent_age_seconds", Kind::Histogram(AGE_BUCKETS), Seconds,
+        "Age of the oldest image of each message when it was sent. kind: fresh (every image is), replayed (at least one is).";
+    REPLAY_RATIO = "dreamfeed_replay_ratio", Kind::Gauge, Count,
+        "Share of all images sent by this process that were replayed, 0..1.";
+    IMAGES_SENT = "dreamfeed_images_sent_total", Kind::Counter, Count, "Images sent, over all streams. kind: fresh, replayed.";
     BYTES_SENT = "dreamfeed_bytes_sent_total", Kind::Counter, Bytes, "Payload bytes sent, over all streams.";
     PUSHES = "dreamfeed_pushes_total", Kind::Counter, Count,
         "Pushes ended. outcome: accepted, already_current, header, length (also most clients that vanish), digest, format, arch, missing, extra, \
          misshapen, dtype, not_finite, negative_variance, channels, classes, too_large, conflict, idle, busy, cancelled, unavailable, \
-         internal.";
+         storage, internal.";
+    STUDENTS_DAMAGED = "dreamfeed_students_damaged_total", Kind::Counter, Count,
+        "Stored students that turned out to be damaged, and are not used.";
     PUSHES_UNDER_WAY = "dreamfeed_pushes_under_way", Kind::Gauge, Count, "Pushes that hold a slot.";
     PUSHES_CAPACITY = "dreamfeed_pushes_capacity", Kind::Gauge, Count, "The bound on pushes under way.";
     RPC_SECONDS = "dreamfeed_rpc_seconds", Kind::Histogram(RPC_BUCKETS), Seconds,

@@ -192,7 +192,9 @@ async fn admin_pages_tell_how_it_goes() {
     assert!(text.contains("# HELP dreamfeed_subscribers Open streams."), "{text}");
     assert!(text.contains("# TYPE dreamfeed_rpc_seconds histogram"), "{text}");
     assert!(text.contains("dreamfeed_rpc_seconds_bucket{method=\"PushStudent\",code=\"OK\",le=\"0.05\"}"), "{text}");
-    for name in ["queue_capacity_chunks 2", "subscribers 0", "images_sent_total 0", "pushes_capacity 4"] {
+    for name in
+        ["queue_capacity_chunks 2", "subscribers 0", "images_sent_total{kind=\"fresh\"} 0", "pushes_capacity 4"]
+    {
         assert!(text.contains(&format!("\ndreamfeed_{name}\n")), "{name}: {text}");
     }
 }

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import shutil
 import subprocess
 import sys
 import threading
@@ -101,10 +102,13 @@ class Daemon:
 
     def __init__(self, teacher: Path, out: Path, flags: list[str]) -> None:
         self.log, self.ready_file = out / "serve.log", out / "serve.ready.json"
+        store = out / "store"
+        # Each run is one from the beginning: its log must not hold the images of the run before.
+        shutil.rmtree(store, ignore_errors=True)
         self.command = [
             str(BINARY),
             "serve",
-            *("--teacher", str(teacher)),
+            *("--teacher", str(teacher), "--store", str(store)),
             *("--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"),
             *("--ready-file", str(self.ready_file)),
             *flags,

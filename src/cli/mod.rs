@@ -43,6 +43,15 @@ mod tests {
 
     #[test]
     fn the_command_line_is_consistent() {
-        super::Cli::command().debug_assert();
+        let command = super::Cli::command();
+        command.clone().debug_assert();
+        // debug_assert does nothing in a release build, and two fields of one name would silently share one value.
+        for sub in command.get_subcommands() {
+            let mut ids: Vec<&str> = sub.get_arguments().map(|argument| argument.get_id().as_str()).collect();
+            let all = ids.len();
+            ids.sort_unstable();
+            ids.dedup();
+            assert_eq!(ids.len(), all, "{}: {ids:?}", sub.get_name());
+        }
     }
 }

@@ -11,10 +11,11 @@ use crate::{server, telemetry};
 ///
 /// Every setting can stand in a TOML file (--config), in the environment, or on the command line; the later wins. A
 /// setting's key in the file is its name here with underscores, in a section where it belongs to one ([source],
-/// [synthesis], [log], [students]); its variable is DREAMFEED_ and that path in capitals.
+/// [synthesis], [log], [demand], [students]); its variable is DREAMFEED_ and that path in capitals.
 ///
 /// For example --batch-size is batch_size under [synthesis], or DREAMFEED_SYNTHESIS_BATCH_SIZE; --listen is listen, or
-/// DREAMFEED_LISTEN; --log-memory-bytes is memory_bytes under [log], or DREAMFEED_LOG_MEMORY_BYTES; and
+/// DREAMFEED_LISTEN; --log-max-bytes is max_bytes under [log], or DREAMFEED_LOG_MAX_BYTES; --demand is mode under
+/// [demand]; and
 /// --max-student-bytes, --max-pushes, --kept-students, --push-idle-timeout and --push-timeout are max_bytes, max_pushes,
 /// kept_versions, idle_timeout and push_timeout under [students].
 #[derive(Debug, clap::Args)]

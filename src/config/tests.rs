@@ -44,11 +44,13 @@ fn every_kind_of_value_can_come_from_the_environment() {
             ("DREAMFEED_LISTEN", "127.0.0.1:9"),
             ("DREAMFEED_INSECURE_LISTEN", "true"),
             ("DREAMFEED_DEVICE", "cuda:1"),
-            ("DREAMFEED_LOG_MEMORY_BYTES", "1MiB"),
+            ("DREAMFEED_LOG_CACHE_BYTES", "1MiB"),
             ("DREAMFEED_STUDENTS_MAX_BYTES", "4096"),
             ("DREAMFEED_STUDENTS_IDLE_TIMEOUT", "250ms"),
             ("DREAMFEED_SOURCE_MEAN", "0.485,0.456,0.406"),
             ("DREAMFEED_SOURCE_STD", "[1, 0.5]"),
+            ("DREAMFEED_LOG_MAX_AGE", "7days"),
+            ("DREAMFEED_DEMAND_MODE", "subscribers"),
             ("DREAMFEED_SYNTHESIS_TARGETS", "3,5"),
             ("DREAMFEED_SYNTHESIS_SCHEDULE", "warmup-cosine"),
             ("DREAMFEED_SYNTHESIS_LEARNING_RATE", "1"),
@@ -59,7 +61,9 @@ fn every_kind_of_value_can_come_from_the_environment() {
     );
     assert_eq!(problems, Vec::<String>::new());
     assert_eq!(options.device, Some(DeviceOption::Cuda(1)));
-    assert_eq!(options.log.memory_bytes, Some(ByteCount(1 << 20)));
+    assert_eq!(options.log.cache_bytes, Some(ByteCount(1 << 20)));
+    assert_eq!(options.log.max_age, Some(Span(Duration::from_secs(7 * 86_400))));
+    assert_eq!(options.demand.mode, Some(DemandMode::Subscribers));
     assert_eq!(options.students.max_bytes, Some(ByteCount(4096)));
     assert_eq!(options.students.idle_timeout, Some(Span(Duration::from_millis(250))));
     assert_eq!(options.source.mean, Some(NumberList(vec![0.485, 0.456, 0.406])));
@@ -71,7 +75,7 @@ fn every_kind_of_value_can_come_from_the_environment() {
 #[test]
 fn flags_survive_the_way_through_a_table() {
     let flags = ServeOptions {
-        log: LogOptions { memory_bytes: Some(ByteCount(123_456_789)) },
+        log: LogOptions { cache_bytes: Some(ByteCount(123_456_789)), ..LogOptions::default() },
         students: StudentOptions {
             push_timeout: Some(Span(Duration::from_millis(1500))),
             ..StudentOptions::default()
@@ -82,7 +86,7 @@ fn flags_survive_the_way_through_a_table() {
     };
     let (options, problems) = merge(&flags, None, &[]);
     assert_eq!(problems, Vec::<String>::new());
-    assert_eq!(options.log.memory_bytes, flags.log.memory_bytes);
+    assert_eq!(options.log.cache_bytes, flags.log.cache_bytes);
     assert_eq!(options.students.push_timeout, flags.students.push_timeout);
     assert_eq!(options.source.mean, flags.source.mean);
     assert_eq!(options.device, flags.device);
@@ -90,7 +94,8 @@ fn flags_survive_the_way_through_a_table() {
 
 #[test]
 fn all_problems_come_together_each_with_its_place() {
-    let file = "queue_chunk = 1\nseed = \"x\"\n[synthesis]\nbatch_sizes = 3\niterations = -1\n[log]\nmemory_bytes = \"many\"";
+    let file =
+        "queue_chunk = 1\nseed = \"x\"\n[synthesis]\nbatch_sizes = 3\niterations = -1\n[log]\ncache_bytes = \"many\"";
     let (_, problems) =
         merge(&ServeOptions::default(), Some(file), &[("DREAMFEED_MAX_STREAM", "4"), ("DREAMFEED_THREADS", "two")]);
     for place in [
@@ -98,7 +103,7 @@ fn all_problems_come_together_each_with_its_place() {
         "seed: ",
         "synthesis.batch_sizes: unknown key",
         "synthesis.iterations: ",
-        "log.memory_bytes: ",
+        "log.cache_bytes: ",
         "DREAMFEED_MAX_STREAM: unknown",
         "DREAMFEED_THREADS=\"two\": ",
     ] {

@@ -3,48 +3,87 @@
 //! The header is written by hand because the safetensors crate writes metadata in the order of a hash map: the same
 //! chunk must be the same bytes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 use std::time::SystemTime;
 
 use bytes::Bytes;
 use safetensors::Dtype;
+use safetensors::tensor::Metadata;
 use sha2::{Digest, Sha256};
 
 use super::LogIdentity;
 use crate::model::checkpoint::{Checkpoint, CheckpointError, TensorToWrite, encode, hex};
+use crate::model::source::Geometry;
 use crate::synthesis::batch::DreamBatch;
 
 /// The `format` in every chunk's metadata.
 pub const FORMAT: &str = "dreamfeed.chunk.v1";
 
-/// Order of the data section: widest elements first, so that every tensor lies aligned in a mapped file.
-const ORDER: [&str; 5] = ["labels", "student_version", "teacher_logits", "competition", "images"];
+/// Order of the data section: widest elements first, so that every tensor lies aligned in a mapped file; and what
+/// decides about an image before what is sent of it, so that one short read from the start of the object gets all that
+/// the index wants to know.
+const ORDER: [&str; 5] = ["labels", "student_version", "competition", "teacher_logits", "images"];
 
-/// Why a batch cannot become a chunk, or a chunk be cut.
+/// Why a batch cannot become a chunk, or bytes are none.
 #[derive(Debug, thiserror::Error)]
 pub enum ChunkError {
     /// The engine's arrays contradict each other.
     #[error("the batch contradicts itself: {0}")]
     Inconsistent(String),
-    /// Our own encoding does not parse.
-    #[error("the chunk does not parse: {0}")]
+    /// Not safetensors.
+    #[error("it does not parse: {0}")]
     Parse(#[from] CheckpointError),
+    /// safetensors, but not what a chunk must hold.
+    #[error("it is damaged: {0}")]
+    Damaged(String),
+    /// Written by software that knows more than this.
+    #[error(
+        "its format is {found:?}, which this version of dreamfeed does not read; it reads {FORMAT}, so use the version \
+         that wrote it"
+    )]
+    UnknownFormat {
+        /// What the metadata says.
+        found: String,
+    },
     /// A position outside the chunk.
     #[error("sequence {0} lies outside the chunk")]
     Outside(u64),
 }
 
-/// One immutable chunk.
-#[derive(Clone, Debug)]
-pub struct Chunk {
+/// What the index keeps of a chunk, all of it from the chunk's first kilobytes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Summary {
     /// The sequence of its first image.
     pub first_sequence: u64,
     /// The number of images, at least 1.
     pub count: u32,
-    /// The safetensors file.
-    pub payload: Bytes,
     /// When its images were finished.
     pub created_at: SystemTime,
+    /// The sum of its images' competition, in nats.
+    pub competition: f64,
+    /// The oldest and the newest student version among its images; images made without one count as 0.
+    pub student_versions: (i64, i64),
+    /// The classes in it: class, images, sum of their competition.
+    pub classes: Box<[(u32, u32, f32)]>,
+    /// Which daemon made it, and the checksum of its data: what makes a chunk one's own.
+    pub replica: String,
+    /// SHA-256 of the data section, lower-case hexadecimal.
+    pub data_sha256: String,
+    /// The teacher whose logits it holds.
+    pub teacher_sha256: String,
+}
+
+/// One immutable chunk, its layout checked. Cloning shares the bytes.
+#[derive(Clone, Debug)]
+pub struct Chunk {
+    /// What the index keeps of it.
+    pub summary: Summary,
+    /// The size of one image.
+    pub geometry: Geometry,
+    /// K.
+    pub num_classes: usize,
+    file: Checkpoint,
 }
 
 struct Part {
@@ -54,9 +93,29 @@ struct Part {
 }
 
 impl Chunk {
+    /// The sequence of its first image.
+    pub fn first_sequence(&self) -> u64 {
+        self.summary.first_sequence
+    }
+
     /// The sequence after its last image.
     pub fn end(&self) -> u64 {
-        self.first_sequence.saturating_add(u64::from(self.count))
+        self.summary.end()
+    }
+
+    /// The number of images.
+    pub fn count(&self) -> u32 {
+        self.summary.count
+    }
+
+    /// The safetensors file.
+    pub fn payload(&self) -> &Bytes {
+        self.file.bytes()
+    }
+
+    /// The file's metadata.
+    pub fn metadata(&self) -> &HashMap<String, String> {
+        self.file.metadata()
     }
 
     pub(super) fn encode(batch: &DreamBatch, first_sequence: u64, log: &LogIdentity) -> Result<Self, ChunkError> {
@@ -82,8 +141,8 @@ impl Chunk {
         let parts = [
             Part { dtype: Dtype::I64, shape: vec![n], data: i64s(&batch.labels) },
             Part { dtype: Dtype::I64, shape: vec![n], data: i64s(&batch.student_version) },
-            Part { dtype: Dtype::F32, shape: vec![n, batch.num_classes], data: f32s(&batch.teacher_logits) },
             Part { dtype: Dtype::F32, shape: vec![n], data: f32s(&batch.competition) },
+            Part { dtype: Dtype::F32, shape: vec![n, batch.num_classes], data: f32s(&batch.teacher_logits) },
             Part { dtype: Dtype::U8, shape: image_shape, data: batch.images.clone() },
         ];
         let metadata = BTreeMap::from([
@@ -95,34 +154,216 @@ impl Chunk {
             ("settings".to_owned(), log.settings_json.clone()),
             ("created_at".to_owned(), humantime::format_rfc3339_millis(batch.created_at).to_string()),
         ]);
-        let payload = write(&parts, metadata, first_sequence, count);
-        Ok(Self { first_sequence, count, payload, created_at: batch.created_at })
+        Self::checked(write(&parts, metadata, first_sequence, count))
+    }
+
+    /// Reads a chunk and checks everything in it, its checksum too. Hashes: call it where blocking is allowed.
+    pub fn parse(payload: Bytes) -> Result<Self, ChunkError> {
+        let this = Self::checked(payload)?;
+        let data = this.payload().get(data_start(this.payload())?..).unwrap_or_default();
+        let found = hex(&Sha256::digest(data));
+        if found != this.summary.data_sha256 {
+            let expected = &this.summary.data_sha256;
+            return Err(ChunkError::Damaged(format!(
+                "its data has the SHA-256 {found}, its metadata says {expected}"
+            )));
+        }
+        Ok(this)
+    }
+
+    /// As [`Self::parse`], without the checksum.
+    fn checked(payload: Bytes) -> Result<Self, ChunkError> {
+        let file = Checkpoint::parse(payload)?;
+        let summary = Summary::of(file.metadata(), |name| {
+            let tensor = file.get(name).ok_or_else(|| missing(name))?;
+            Ok((tensor.dtype, tensor.shape.to_vec(), tensor.data))
+        })?;
+        let n = summary.count as usize;
+        let images = file.get("images").ok_or_else(|| missing("images"))?;
+        let logits = file.get("teacher_logits").ok_or_else(|| missing("teacher_logits"))?;
+        let (geometry, num_classes) = match (images.dtype, images.shape, logits.dtype, logits.shape) {
+            (Dtype::U8, [i, channels, height, width], Dtype::F32, [l, k]) if *i == n && *l == n => {
+                (Geometry { channels: *channels, height: *height, width: *width }, *k)
+            }
+            _ => {
+                return Err(ChunkError::Damaged(format!(
+                    "images is {:?} {:?} and teacher_logits {:?} {:?}, where its metadata says {n} images",
+                    images.dtype, images.shape, logits.dtype, logits.shape
+                )));
+            }
+        };
+        Ok(Self { summary, geometry, num_classes, file })
+    }
+
+    /// The class of each image, `[N]` little-endian.
+    pub fn labels(&self) -> &[[u8; 8]] {
+        self.column("labels").as_chunks().0
+    }
+
+    /// The newest student of each image, `[N]` little-endian.
+    pub fn student_versions(&self) -> &[[u8; 8]] {
+        self.column("student_version").as_chunks().0
+    }
+
+    /// The competition of each image, `[N]` little-endian.
+    pub fn competition(&self) -> &[[u8; 4]] {
+        self.column("competition").as_chunks().0
+    }
+
+    /// The logits, `[N, K]` little-endian.
+    pub fn teacher_logits(&self) -> &[u8] {
+        self.column("teacher_logits")
+    }
+
+    /// The pixels, `[N, C, H, W]`.
+    pub fn images(&self) -> &[u8] {
+        self.column("images")
+    }
+
+    fn column(&self, name: &str) -> &[u8] {
+        // Every tensor's presence and size were checked when the chunk was made.
+        self.file.get(name).map(|tensor| tensor.data).unwrap_or_default()
     }
 
     /// The part of the chunk from the image at `sequence` on, as a chunk of its own.
     pub fn tail_from(&self, sequence: u64) -> Result<Self, ChunkError> {
-        let skip = sequence.checked_sub(self.first_sequence).ok_or(ChunkError::Outside(sequence))?;
-        let skip = u32::try_from(skip).ok().filter(|s| *s < self.count).ok_or(ChunkError::Outside(sequence))?;
-        let file = Checkpoint::parse(self.payload.clone())?;
-        let count = self.count - skip;
+        let skip = sequence.checked_sub(self.first_sequence()).ok_or(ChunkError::Outside(sequence))?;
+        let skip = u32::try_from(skip).ok().filter(|s| *s < self.count()).ok_or(ChunkError::Outside(sequence))?;
+        let count = self.count() - skip;
         let mut parts = Vec::with_capacity(ORDER.len());
         for name in ORDER {
-            let missing = || ChunkError::Inconsistent(format!("it has no tensor {name}"));
-            let tensor = file.get(name).ok_or_else(missing)?;
-            let row = tensor.data.len() / self.count as usize;
+            let tensor = self.file.get(name).ok_or_else(|| missing(name))?;
+            let row = tensor.data.len() / self.count() as usize;
             let mut shape = tensor.shape.to_vec();
-            *shape.first_mut().ok_or_else(missing)? = count as usize;
-            let data = tensor.data.get(row * skip as usize..).ok_or_else(missing)?.to_vec();
+            *shape.first_mut().ok_or_else(|| missing(name))? = count as usize;
+            let data = tensor.data.get(row * skip as usize..).ok_or_else(|| missing(name))?.to_vec();
             parts.push(Part { dtype: tensor.dtype, shape, data });
         }
-        let metadata = file.metadata().clone().into_iter().collect();
+        let metadata = self.metadata().clone().into_iter().collect();
+        Self::checked(write(&parts, metadata, sequence, count))
+    }
+}
+
+fn missing(name: &str) -> ChunkError {
+    ChunkError::Damaged(format!("it has no tensor {name}"))
+}
+
+/// Where the data section begins.
+fn data_start(file: &[u8]) -> Result<usize, ChunkError> {
+    let length = file.first_chunk().map(|bytes| u64::from_le_bytes(*bytes)).and_then(|n| usize::try_from(n).ok());
+    let start = length.and_then(|n| n.checked_add(8));
+    start.ok_or_else(|| ChunkError::Damaged("its header has no length".into()))
+}
+
+/// What the first bytes of a chunk came to.
+#[derive(Debug)]
+pub enum Head {
+    /// Everything that the index wants.
+    Summary(Summary),
+    /// The index wants this many bytes from the start.
+    Longer(u64),
+}
+
+impl Summary {
+    /// The sequence after the last image.
+    pub fn end(&self) -> u64 {
+        self.first_sequence.saturating_add(u64::from(self.count))
+    }
+
+    /// Reads the summary off the beginning of an object of `size` bytes. The checksum of the rest stays unchecked.
+    pub fn from_head(head: &[u8], size: u64) -> Result<Head, ChunkError> {
+        let start = data_start(head)?;
+        if start as u64 > size {
+            return Err(ChunkError::Damaged(format!("its header ends at byte {start}, the object at {size}")));
+        }
+        if head.len() < start {
+            return Ok(Head::Longer(start as u64 + 4096));
+        }
+        let json = head.get(8..start).unwrap_or_default();
+        let header: Metadata = serde_json::from_slice(json).map_err(|e| CheckpointError::Format(e.to_string()))?;
+        let end = start as u64 + header.data_len() as u64;
+        if end != size {
+            return Err(ChunkError::Damaged(format!("its header describes {end} bytes, the object has {size}")));
+        }
+        let metadata = header.metadata().clone().unwrap_or_default();
+        let range = |name: &str| -> Result<Range<usize>, ChunkError> {
+            let info = header.info(name).ok_or_else(|| missing(name))?;
+            Ok(start + info.data_offsets.0..start + info.data_offsets.1)
+        };
+        let wanted = ["labels", "student_version", "competition"];
+        let mut needed = 0;
+        for name in wanted {
+            needed = needed.max(range(name)?.end);
+        }
+        if needed > head.len() {
+            return Ok(Head::Longer(needed as u64));
+        }
+        let summary = Self::of(&metadata, |name| {
+            let info = header.info(name).ok_or_else(|| missing(name))?;
+            let data = head.get(range(name)?).ok_or_else(|| missing(name))?;
+            Ok((info.dtype, info.shape.clone(), data))
+        })?;
+        Ok(Head::Summary(summary))
+    }
+
+    fn of<'a>(
+        metadata: &HashMap<String, String>,
+        tensor: impl Fn(&str) -> Result<(Dtype, Vec<usize>, &'a [u8]), ChunkError>,
+    ) -> Result<Self, ChunkError> {
+        let get = |key: &str| {
+            metadata.get(key).cloned().ok_or_else(|| ChunkError::Damaged(format!("its metadata has no {key}")))
+        };
+        let format = get("format")?;
+        if format != FORMAT {
+            return Err(ChunkError::UnknownFormat { found: format.chars().take(80).collect() });
+        }
+        let number = |key: &str| {
+            let text = get(key)?;
+            let wrong = |_| ChunkError::Damaged(format!("its metadata has {key} {text:?}"));
+            text.parse::<u64>().map_err(wrong)
+        };
+        let first_sequence = number("first_sequence")?;
+        let count = u32::try_from(number("count")?).ok().filter(|count| *count > 0);
+        let count = count.ok_or_else(|| ChunkError::Damaged("its metadata has no usable count".into()))?;
+        let created = get("created_at")?;
+        let created_at = humantime::parse_rfc3339(&created)
+            .map_err(|_| ChunkError::Damaged(format!("its metadata has created_at {created:?}")))?;
+        let column = |name: &str, expected: Dtype| {
+            let (dtype, shape, data) = tensor(name)?;
+            if dtype == expected && shape == [count as usize] {
+                return Ok(data);
+            }
+            Err(ChunkError::Damaged(format!("{name} is {dtype:?} {shape:?}, expected {expected:?} [{count}]")))
+        };
+        let (labels, _) = column("labels", Dtype::I64)?.as_chunks::<8>();
+        let (versions, _) = column("student_version", Dtype::I64)?.as_chunks::<8>();
+        let (competition, _) = column("competition", Dtype::F32)?.as_chunks::<4>();
+        let mut classes = BTreeMap::<u32, (u32, f32)>::new();
+        for (label, competition) in labels.iter().zip(competition) {
+            let class = u32::try_from(i64::from_le_bytes(*label)).unwrap_or(u32::MAX);
+            let entry = classes.entry(class).or_default();
+            entry.0 += 1;
+            entry.1 += finite(*competition) as f32;
+        }
+        let versions = versions.iter().map(|bytes| i64::from_le_bytes(*bytes));
         Ok(Self {
-            first_sequence: sequence,
+            first_sequence,
             count,
-            payload: write(&parts, metadata, sequence, count),
-            created_at: self.created_at,
+            created_at,
+            competition: competition.iter().map(|bytes| finite(*bytes)).sum(),
+            student_versions: (versions.clone().min().unwrap_or(0), versions.max().unwrap_or(0)),
+            classes: classes.into_iter().map(|(class, (count, sum))| (class, count, sum)).collect(),
+            replica: get("replica")?,
+            data_sha256: get("data_sha256")?,
+            teacher_sha256: get("teacher_sha256")?,
         })
     }
+}
+
+/// A divergence as a weight: what is not a finite number from 0 counts as 0.
+pub(crate) fn finite(competition: [u8; 4]) -> f64 {
+    let value = f64::from(f32::from_le_bytes(competition));
+    if value.is_finite() { value.max(0.0) } else { 0.0 }
 }
 
 /// The file: header length, header, data. Parts come in [`ORDER`].

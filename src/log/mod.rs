@@ -1,24 +1,47 @@
-//! The log: immutable chunks under consecutive sequence numbers, read by position.
+//! The log: immutable chunks under consecutive sequence numbers in object storage, read by position.
 //!
 //! A reader holds a position and nothing else, so a slow one costs no memory and stalls nobody. A chunk is encoded once,
-//! when it is born; readers share its bytes. For now the log is a tail in memory with a byte bound ([`tail`]): the
-//! durable log takes that type's place behind [`Log`], and cursors already carry what it needs.
+//! when it is born: the same bytes go to the storage and to every reader. [`Log`] is the only writer of its folder or
+//! prefix; several daemons may share one, because a create-only put decides who gets a sequence number.
+//!
+//! ```text
+//! log/log.json                              what the log is: its id, its teacher, its format
+//! log/chunks/FIRST_SEQUENCE.safetensors     a chunk, 20 digits
+//! log/quarantine/FIRST_SEQUENCE-COUNT.safetensors   a chunk that turned out to be damaged
+//! ```
 
-mod chunk;
+mod cache;
+pub mod chunk;
 mod cursor;
-mod tail;
+mod index;
+pub mod inspect;
+mod open;
 
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
+use metrics::{counter, histogram};
 use tokio::sync::watch;
 use uuid::Uuid;
 
+use crate::model::source::Geometry;
+use crate::storage::{Created, Storage, StorageError, blocking};
 use crate::synthesis::batch::DreamBatch;
+use crate::telemetry;
 
+use cache::Cache;
+pub use cache::CacheUse;
 pub use chunk::{Chunk, ChunkError, FORMAT};
 pub use cursor::CursorError;
-use tail::Tail;
+use index::Index;
+pub use index::{Entry, Extent, Located, Retention};
+pub use open::{Maker, OpenError};
+
+/// How often the storage is looked through for chunks of other replicas.
+const FOLLOW: Duration = Duration::from_secs(2);
+/// How often retention by age is looked after, and remains are swept.
+const UPKEEP: Duration = Duration::from_secs(30);
 
 /// What every chunk of a log says of itself.
 #[derive(Clone, Debug)]
@@ -29,92 +52,294 @@ pub struct LogIdentity {
     pub replica: String,
     /// `NetworkSource::identity` of the teacher.
     pub teacher_sha256: String,
+    /// The size of every image in it.
+    pub geometry: Geometry,
+    /// K.
+    pub num_classes: usize,
     /// The synthesizer's settings, JSON.
     pub settings_json: String,
 }
 
-/// What the log holds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Extent {
-    /// The sequence of the oldest image that can still be read.
-    pub first_sequence: u64,
-    /// The sequence that the next image will get.
-    pub next_sequence: u64,
-    /// Chunks held.
-    pub chunks: u64,
-    /// Bytes held.
-    pub bytes: u64,
-    /// Chunks that had to leave, so far.
-    pub evicted_chunks: u64,
+/// How a log is kept.
+#[derive(Clone, Copy, Debug)]
+pub struct LogOptions {
+    /// How much is kept in storage.
+    pub retention: Retention,
+    /// Memory for recent chunks, in bytes; one cache serves all readers.
+    pub cache_bytes: u64,
 }
 
-/// What lies at a position.
-#[derive(Clone, Debug)]
-pub enum Read {
-    /// A chunk whose first image is the one asked for; the next position is [`Chunk::end`].
-    Chunk(Arc<Chunk>),
-    /// Nothing yet: wait until [`Log::watch`] changes.
-    Wait,
-    /// The image is gone.
-    Overtaken {
-        /// The oldest image that can still be read.
-        first_sequence: u64,
-    },
-    /// The position lies beyond the next image to be made.
-    Ahead {
-        /// The sequence that the next image will get.
-        next_sequence: u64,
-    },
+/// Why a batch did not become a chunk.
+#[derive(Debug, thiserror::Error)]
+pub enum AppendError {
+    /// Trying again may help.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    /// It never will.
+    #[error(transparent)]
+    Chunk(#[from] ChunkError),
+}
+
+/// Why a chunk cannot be read.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum ReadError {
+    /// It was evicted while it was being looked for.
+    #[error("it was evicted")]
+    Gone,
+    /// It is damaged, and now in quarantine.
+    #[error("it is damaged")]
+    Damaged,
+    /// The storage does not answer; trying again may help.
+    #[error("{0}")]
+    Storage(String),
 }
 
 /// The log. Cheap to share.
 #[derive(Debug)]
 pub struct Log {
     identity: LogIdentity,
-    /// One writer at a time; readers never wait for an encoding.
-    writer: Mutex<()>,
-    tail: RwLock<Tail>,
+    storage: Storage,
+    options: LogOptions,
+    /// One appending task at a time.
+    writer: tokio::sync::Mutex<()>,
+    index: RwLock<Index>,
     next: watch::Sender<u64>,
+    cache: Cache,
 }
 
 impl Log {
-    /// An empty log that holds at most `memory_bytes` of chunks, but always the newest one.
-    pub fn new(identity: LogIdentity, memory_bytes: u64) -> Arc<Self> {
-        Arc::new(Self {
-            identity,
-            writer: Mutex::default(),
-            tail: RwLock::new(Tail::new(memory_bytes)),
-            next: watch::Sender::new(0),
-        })
-    }
-
     /// What it is.
     pub fn identity(&self) -> &LogIdentity {
         &self.identity
     }
 
-    /// Makes the batch a chunk; returns its first sequence. Encodes and hashes: call it where blocking is allowed.
-    pub fn append(&self, batch: &DreamBatch) -> Result<u64, ChunkError> {
-        let _writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
-        let first_sequence = *self.next.borrow();
-        let chunk = Chunk::encode(batch, first_sequence, &self.identity)?;
-        let next = chunk.end();
-        self.tail.write().unwrap_or_else(PoisonError::into_inner).push(Arc::new(chunk));
-        self.next.send_replace(next);
-        Ok(first_sequence)
+    /// Where it is.
+    pub fn storage(&self) -> &Storage {
+        &self.storage
     }
 
-    /// What lies at a position. A position inside a chunk gives the rest of that chunk, no image twice and none skipped.
-    pub fn read(&self, position: u64) -> Read {
-        let found = self.tail.read().unwrap_or_else(PoisonError::into_inner).read(position);
-        match found {
-            Read::Chunk(chunk) if chunk.first_sequence < position => match chunk.tail_from(position) {
-                Ok(rest) => Read::Chunk(Arc::new(rest)),
-                // Our own encoding does not parse: never, but a reader must not skip in silence.
-                Err(_) => Read::Overtaken { first_sequence: chunk.end() },
-            },
-            found => found,
+    /// How it is kept.
+    pub fn options(&self) -> &LogOptions {
+        &self.options
+    }
+
+    fn index(&self) -> RwLockReadGuard<'_, Index> {
+        self.index.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn index_mut(&self) -> RwLockWriteGuard<'_, Index> {
+        self.index.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes the batch a chunk; returns its first sequence once it is durable. After an error of the storage the same
+    /// batch can be appended again: if the chunk did get through, it is recognized and not written twice.
+    pub async fn append(&self, batch: &Arc<DreamBatch>) -> Result<u64, AppendError> {
+        let _writer = self.writer.lock().await;
+        let began = Instant::now();
+        loop {
+            let first_sequence = self.extent().next_sequence;
+            let (batch, identity) = (batch.clone(), self.identity.clone());
+            let encode = move || Chunk::encode(&batch, first_sequence, &identity);
+            let chunk = blocking(encode).await.map_err(ChunkError::Inconsistent)??;
+            let bytes = chunk.payload().len() as u64;
+            let created = self.storage.create(&open::chunk_name(first_sequence), chunk.payload().clone()).await?;
+            if created == Created::Taken && !self.is_ours(&chunk).await? {
+                continue;
+            }
+            let entry = Entry { summary: chunk.summary.clone(), bytes };
+            self.cache.put(Arc::new(chunk)).await;
+            self.take(entry);
+            histogram!(telemetry::LOG_APPEND_SECONDS).record(began.elapsed().as_secs_f64());
+            return Ok(first_sequence);
         }
+    }
+
+    /// Who took the name that we wanted: our own put whose answer was lost, or another replica, whose chunk then comes
+    /// before ours.
+    async fn is_ours(&self, chunk: &Chunk) -> Result<bool, AppendError> {
+        let first_sequence = chunk.first_sequence();
+        let Some(found) = self
+            .storage
+            .list(open::CHUNKS, None)
+            .await?
+            .into_iter()
+            .find(|found| open::first_sequence(&found.name) == Some(first_sequence))
+        else {
+            return Ok(false);
+        };
+        let entry = match open::read_head(&self.storage, &found).await {
+            Ok(Some(entry)) => entry,
+            Ok(None) => return Ok(false),
+            Err(open::HeadError::Storage(error)) => return Err(error.into()),
+            Err(open::HeadError::Chunk(error @ ChunkError::UnknownFormat { .. })) => {
+                // Of a newer replica. Nothing may be written after what we cannot read.
+                return Err(AppendError::Storage(StorageError::Call {
+                    action: "append after",
+                    name: found.name,
+                    location: self.storage.location().to_owned(),
+                    problem: error.to_string(),
+                }));
+            }
+            Err(open::HeadError::Chunk(error)) => {
+                let count = open::most_images(&found, chunk.geometry, chunk.num_classes);
+                self.quarantine(first_sequence, count, &error.to_string()).await;
+                self.index_mut().mark_lost(first_sequence, first_sequence + count);
+                return Ok(false);
+            }
+        };
+        let (ours, theirs) = (&chunk.summary, &entry.summary);
+        if (&ours.replica, &ours.data_sha256, ours.count) == (&theirs.replica, &theirs.data_sha256, theirs.count) {
+            return Ok(true);
+        }
+        self.take(entry);
+        Ok(false)
+    }
+
+    /// Puts a durable chunk into the index and wakes whoever waits for it.
+    fn take(&self, entry: Entry) {
+        let first_sequence = entry.summary.first_sequence;
+        let next = {
+            let mut index = self.index_mut();
+            if !index.append(entry) {
+                tracing::debug!(first_sequence, "a chunk before the end of the log was left alone");
+            }
+            index.extent().next_sequence
+        };
+        self.next.send_if_modified(|current| std::mem::replace(current, next) != next);
+    }
+
+    /// Takes what other replicas wrote since the last look.
+    pub async fn refresh(&self) -> Result<(), StorageError> {
+        let newest = self.index().entries().next_back().map(|entry| entry.summary.first_sequence);
+        let after = newest.map(open::chunk_name);
+        for found in self.storage.list(open::CHUNKS, after.as_deref()).await? {
+            match open::read_head(&self.storage, &found).await {
+                Ok(Some(entry)) if entry.summary.first_sequence >= self.extent().next_sequence => self.take(entry),
+                Ok(_) => {}
+                Err(open::HeadError::Storage(error)) => return Err(error),
+                // Whoever reads it or appends after it finds out, and says so.
+                Err(open::HeadError::Chunk(error)) => {
+                    tracing::debug!(%error, name = %found.name, "not a chunk of this log");
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets go of what retention does not keep. Readers of an evicted chunk finish with the bytes they hold.
+    pub async fn retain(&self) -> Result<(), StorageError> {
+        let victims = {
+            let mut index = self.index_mut();
+            let victims = index.victims(&self.options.retention, SystemTime::now());
+            // Out of the index first: no new reader starts on what is about to go.
+            victims.iter().for_each(|first| index.evict(*first));
+            victims
+        };
+        for first in victims {
+            self.cache.remove(first).await;
+            // Left over where this fails: the next start finds it again and evicts it then.
+            self.storage.delete(&open::chunk_name(first)).await?;
+            counter!(telemetry::LOG_EVICTED_CHUNKS).increment(1);
+        }
+        Ok(())
+    }
+
+    /// Follows other replicas and looks after retention, until dropped.
+    pub async fn upkeep(self: Arc<Self>) {
+        let mut follow = tokio::time::interval(FOLLOW);
+        let mut upkeep = tokio::time::interval(UPKEEP);
+        loop {
+            let done = tokio::select! {
+                _ = follow.tick() => self.refresh().await,
+                _ = upkeep.tick() => {
+                    self.storage.sweep().await;
+                    self.retain().await
+                }
+            };
+            if let Err(error) = done {
+                counter!(telemetry::STORAGE_ERRORS, "operation" => "upkeep").increment(1);
+                tracing::warn!(%error, "the log's upkeep waits for the storage");
+            }
+        }
+    }
+
+    /// What lies at a position.
+    pub fn locate(&self, position: u64) -> Located {
+        self.index().locate(position)
+    }
+
+    /// The chunk that begins at `first_sequence`, from the cache or the storage, its checksum verified.
+    pub async fn load(&self, first_sequence: u64) -> Result<Arc<Chunk>, ReadError> {
+        let result = self.cache.get(first_sequence, || self.fetch(first_sequence)).await;
+        match &result {
+            Err(ReadError::Gone) => self.index_mut().evict(first_sequence),
+            Err(ReadError::Storage(_)) => counter!(telemetry::STORAGE_ERRORS, "operation" => "read").increment(1),
+            _ => {}
+        }
+        result
+    }
+
+    async fn fetch(&self, first_sequence: u64) -> Result<Arc<Chunk>, ReadError> {
+        let name = open::chunk_name(first_sequence);
+        let mut problem = String::new();
+        // Twice: what was damaged on its way here may still be whole where it lies.
+        for _ in 0..2 {
+            let object = self.storage.get(&name).await.map_err(|e| ReadError::Storage(e.to_string()))?;
+            let object = object.ok_or(ReadError::Gone)?;
+            match blocking(move || Chunk::parse(object)).await.map_err(ReadError::Storage)? {
+                Ok(chunk) => match self.belongs(&chunk, first_sequence) {
+                    Ok(()) => return Ok(Arc::new(chunk)),
+                    Err(why) => problem = why,
+                },
+                Err(error) => problem = error.to_string(),
+            }
+        }
+        let lost = self.index_mut().lose(first_sequence);
+        let count = lost.map_or(0, |entry| u64::from(entry.summary.count));
+        self.quarantine(first_sequence, count, &problem).await;
+        Err(ReadError::Damaged)
+    }
+
+    /// Whether an intact chunk is one of this log, at this place.
+    fn belongs(&self, chunk: &Chunk, first_sequence: u64) -> Result<(), String> {
+        let ours = (self.identity.geometry, self.identity.num_classes);
+        if chunk.first_sequence() != first_sequence {
+            return Err(format!("it says that its first sequence is {}", chunk.first_sequence()));
+        }
+        if (chunk.geometry, chunk.num_classes) != ours {
+            let (geometry, classes) = (chunk.geometry, chunk.num_classes);
+            return Err(format!("it holds images of {geometry:?} with {classes} logits, and the log {ours:?}"));
+        }
+        Ok(())
+    }
+
+    async fn quarantine(&self, first_sequence: u64, count: u64, problem: &str) {
+        let name = open::chunk_name(first_sequence);
+        tracing::error!(%name, problem, images = count, "a chunk is damaged: moved to quarantine, and never served");
+        counter!(telemetry::LOG_QUARANTINED_CHUNKS).increment(1);
+        if let Err(error) = self.storage.rename(&name, &open::quarantine_name(first_sequence, count)).await {
+            tracing::warn!(%error, "the damaged chunk stays where it is; this daemon does not read it again");
+        }
+    }
+
+    /// Whatever is derived from a chunk or several and may serve many readers, made at most once while it is in use.
+    pub async fn shared<F>(&self, key: CacheUse, make: impl FnOnce() -> F) -> Result<Bytes, ReadError>
+    where
+        F: Future<Output = Result<Bytes, ReadError>>,
+    {
+        self.cache.derived(key, make).await
+    }
+
+    /// Every chunk that can be read, oldest first, and the generation of that list.
+    pub fn entries(&self) -> (Vec<Arc<Entry>>, u64) {
+        let index = self.index();
+        (index.entries().cloned().collect(), index.generation())
+    }
+
+    /// Grows with every change of [`Self::entries`].
+    pub fn generation(&self) -> u64 {
+        self.index().generation()
     }
 
     /// Follows the sequence that the next image will get.
@@ -124,7 +349,12 @@ impl Log {
 
     /// What it holds.
     pub fn extent(&self) -> Extent {
-        self.tail.read().unwrap_or_else(PoisonError::into_inner).extent()
+        self.index().extent()
+    }
+
+    /// Bytes in the cache.
+    pub fn cached_bytes(&self) -> u64 {
+        self.cache.bytes()
     }
 
     /// The cursor from which a stream continues with the image at `sequence`.
@@ -139,4 +369,4 @@ impl Log {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -11,6 +11,7 @@ use axum::routing::get;
 use metrics_exporter_prometheus::PrometheusHandle;
 
 use super::context::{Context, Readiness};
+use crate::delivery::Lag;
 use crate::engine::EngineState;
 use crate::synthesis::batch::DreamBatch;
 use crate::telemetry;
@@ -21,7 +22,6 @@ pub(super) struct Pages {
     pub metrics: PrometheusHandle,
     pub queue: async_channel::WeakReceiver<DreamBatch>,
     pub queue_capacity: usize,
-    pub log_capacity_bytes: u64,
     pub liveness_timeout: Duration,
 }
 
@@ -59,6 +59,7 @@ async fn livez(State(pages): State<Arc<Pages>>) -> Response {
 async fn readyz(State(pages): State<Arc<Pages>>) -> Response {
     let reason = match pages.context.readiness() {
         Readiness::Ready => return "ok\n".into_response(),
+        Readiness::Storage(reason) => format!("storage: synthesis waits, the log is served: {reason}\n"),
         Readiness::Loading => "loading: the teacher is not on the device yet\n".to_owned(),
         Readiness::Draining => "draining\n".to_owned(),
         Readiness::Failed(reason) => format!("failed: {reason}\n"),
@@ -75,13 +76,24 @@ impl Pages {
     /// Sets the gauges that are read off when somebody looks.
     pub(super) fn measure(&self) {
         let set = |name: &'static str, value: f64| metrics::gauge!(name).set(value);
-        let extent = self.context.log.extent();
+        let log = self.context.delivery.log();
+        let extent = log.extent();
         set(telemetry::LOG_FIRST_SEQUENCE, extent.first_sequence as f64);
         set(telemetry::LOG_NEXT_SEQUENCE, extent.next_sequence as f64);
         set(telemetry::LOG_CHUNKS, extent.chunks as f64);
         set(telemetry::LOG_BYTES, extent.bytes as f64);
-        set(telemetry::LOG_CAPACITY_BYTES, self.log_capacity_bytes as f64);
-        metrics::counter!(telemetry::LOG_EVICTED_CHUNKS).absolute(extent.evicted_chunks);
+        set(telemetry::LOG_CAPACITY_BYTES, log.options().retention.max_bytes.unwrap_or(0) as f64);
+        set(telemetry::LOG_IMAGES, extent.images as f64);
+        set(telemetry::LOG_LOST_IMAGES, extent.lost_images as f64);
+        set(telemetry::LOG_CACHE_BYTES, log.cached_bytes() as f64);
+        set(telemetry::LOG_CACHE_CAPACITY_BYTES, log.options().cache_bytes as f64);
+        let fault = self.context.storage_fault.borrow().is_some();
+        set(telemetry::STORAGE_FAULT, f64::from(u8::from(fault)));
+        let Lag { readers, min, max } = self.context.delivery.audience().lag(extent.next_sequence);
+        set(telemetry::SUBSCRIBERS_FRESH, readers as f64);
+        metrics::gauge!(telemetry::LAG_IMAGES, "bound" => "min").set(min as f64);
+        metrics::gauge!(telemetry::LAG_IMAGES, "bound" => "max").set(max as f64);
+        set(telemetry::REPLAY_RATIO, self.context.delivery.replay_ratio());
         let waiting = self.queue.upgrade().map_or(0, |queue| queue.len());
         set(telemetry::QUEUE_CHUNKS, waiting as f64);
         set(telemetry::QUEUE_CAPACITY_CHUNKS, self.queue_capacity as f64);
@@ -91,18 +103,17 @@ impl Pages {
         set(telemetry::STUDENT_VERSION_ACCEPTED, self.context.students.current_version() as f64);
         set(telemetry::ENGINE_HEARTBEAT_AGE_SECONDS, self.context.engine.heartbeat_age().as_secs_f64());
         let state = self.context.engine.state();
-        for (name, value) in [
-            ("loading", EngineState::Loading),
-            ("synthesizing", EngineState::Synthesizing),
-            ("blocked", EngineState::Blocked),
-            ("finished", EngineState::Finished),
-            ("failed", EngineState::Failed),
-        ] {
-            metrics::gauge!(telemetry::ENGINE_STATE, "state" => name).set(f64::from(u8::from(state == value)));
+        for value in EngineState::ALL {
+            metrics::gauge!(telemetry::ENGINE_STATE, "state" => value.name())
+                .set(f64::from(u8::from(state == value)));
         }
         // Shown from the first day, also before the first one.
         metrics::gauge!(telemetry::SUBSCRIBERS).increment(0.0);
-        metrics::counter!(telemetry::IMAGES_SENT).increment(0);
+        metrics::counter!(telemetry::LOG_EVICTED_CHUNKS).increment(0);
+        metrics::counter!(telemetry::LOG_QUARANTINED_CHUNKS).increment(0);
+        metrics::counter!(telemetry::STUDENTS_DAMAGED).increment(0);
+        metrics::counter!(telemetry::IMAGES_SENT, "kind" => "fresh").increment(0);
+        metrics::counter!(telemetry::IMAGES_SENT, "kind" => "replayed").increment(0);
         metrics::counter!(telemetry::BYTES_SENT).increment(0);
     }
 }

@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
+use crate::delivery::Delivery;
 use crate::engine::{EngineState, EngineStatus};
-use crate::log::Log;
 use crate::model::source::NetworkSource;
 use crate::students::StudentStore;
 use crate::synthesis::settings::Settings;
@@ -19,6 +19,8 @@ pub enum Readiness {
     Ready,
     /// The teacher is not on the device yet.
     Loading,
+    /// The log can be read, but the storage takes no new images, and synthesis waits for it; the reason.
+    Storage(String),
     /// The daemon is about to end.
     Draining,
     /// The engine has failed; the reason.
@@ -33,8 +35,10 @@ pub struct Context {
     pub settings: Settings,
     /// The engine's condition.
     pub engine: Arc<EngineStatus>,
-    /// The log.
-    pub log: Arc<Log>,
+    /// The log, and who reads it.
+    pub delivery: Arc<Delivery>,
+    /// Why the storage takes no images at present, where it does not.
+    pub storage_fault: watch::Receiver<Option<String>>,
     /// Pushed students.
     pub students: Arc<StudentStore>,
     /// A permit for each open stream.
@@ -48,7 +52,7 @@ pub struct Context {
 }
 
 impl Context {
-    /// Whether work can be accepted. Takes no lock.
+    /// Whether work can be accepted. Takes no lock that anybody holds for long.
     pub fn readiness(&self) -> Readiness {
         if self.draining.is_cancelled() {
             return Readiness::Draining;
@@ -58,14 +62,20 @@ impl Context {
             EngineState::Failed => {
                 Readiness::Failed(self.engine.failure().unwrap_or_else(|| "no reason was given".into()))
             }
-            EngineState::Synthesizing | EngineState::Blocked | EngineState::Finished => Readiness::Ready,
+            EngineState::Synthesizing | EngineState::Resting | EngineState::Blocked | EngineState::Finished => {
+                match self.storage_fault.borrow().clone() {
+                    Some(reason) => Readiness::Storage(reason),
+                    None => Readiness::Ready,
+                }
+            }
         }
     }
 
     /// Err with the status that a new call gets while work cannot be accepted.
     pub fn accept(&self) -> Result<(), Status> {
         match self.readiness() {
-            Readiness::Ready => Ok(()),
+            // What is in the log can be read all the same, and a push finds out by itself.
+            Readiness::Ready | Readiness::Storage(_) => Ok(()),
             Readiness::Loading => Err(Status::unavailable(
                 "the daemon is starting: the teacher is not on the device yet; retry with back-off",
             )),

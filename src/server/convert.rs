@@ -1,14 +1,19 @@
 //! All conversion between the wire and the domain, and nothing else.
 
-use std::time::{Duration, SystemTime};
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
 
 use tonic::{Code, Status};
 
 use super::context::Context;
-use crate::log::{CursorError, Extent, Log};
+use super::describe;
+use crate::client::NEXT_SEQUENCE;
+use crate::delivery::{End, PixelFormat, Policy, Replay, Sampling, Shard, Staleness};
+use crate::log::{CursorError, Extent, Located, Log};
 use crate::model::source::NetworkSource;
-use crate::proto;
 use crate::proto::stream_start::Position;
+use crate::proto::{self, ReplaySampling};
 use crate::students::{PushError, PushHeader, Student, beginning};
 
 /// Bytes of a status message. It travels percent-encoded in an HTTP/2 header, which grpcio caps at 8 KiB.
@@ -56,25 +61,24 @@ pub(super) fn student(student: &Student) -> proto::Student {
 }
 
 pub(super) fn log(log: &Log) -> proto::Log {
-    let Extent { first_sequence, next_sequence, chunks, bytes, .. } = log.extent();
-    proto::Log { log_id: log.identity().log_id.to_string(), first_sequence, next_sequence, chunks, bytes }
+    let Extent { first_sequence, next_sequence, images, chunks, bytes, lost_images, .. } = log.extent();
+    let log_id = log.identity().log_id.to_string();
+    proto::Log { log_id, first_sequence, next_sequence, chunks, bytes, images, lost_images }
 }
 
 pub(super) fn synthesizer(context: &Context) -> proto::Synthesizer {
     proto::Synthesizer {
         name: context.settings.synthesizer.name().to_owned(),
         preset: context.settings.preset.clone(),
-        settings_json: context.log.identity().settings_json.clone(),
+        settings_json: context.delivery.log().identity().settings_json.clone(),
         batch_size: saturate(context.settings.batch_size),
     }
 }
 
-/// The age of something made at `created_at`; 0 where the clock went back.
-pub(super) fn age(created_at: SystemTime) -> prost_types::Duration {
-    let age = SystemTime::now().duration_since(created_at).unwrap_or(Duration::ZERO);
+pub(super) fn duration(duration: Duration) -> prost_types::Duration {
     prost_types::Duration {
-        seconds: i64::try_from(age.as_secs()).unwrap_or(i64::MAX),
-        nanos: i32::try_from(age.subsec_nanos()).unwrap_or(0),
+        seconds: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX),
+        nanos: i32::try_from(duration.subsec_nanos()).unwrap_or(0),
     }
 }
 
@@ -99,6 +103,7 @@ pub(super) fn push_status(error: &PushError) -> Status {
     let code = match error {
         PushError::TooLarge { .. } | PushError::Busy { .. } => Code::ResourceExhausted,
         PushError::Conflict { .. } => Code::FailedPrecondition,
+        PushError::Storage(_) => Code::Unavailable,
         PushError::Internal(_) => Code::Internal,
         PushError::Header(_)
         | PushError::Truncated { .. }
@@ -115,60 +120,72 @@ pub(super) fn push_status(error: &PushError) -> Status {
     status(code, &error.to_string())
 }
 
-/// Checks everything in a stream's request but its start: first whether it makes sense, then whether this version of the
-/// daemon can do it.
-pub(super) fn check_stream_options(request: &proto::StreamRequest, num_classes: usize) -> Result<(), Status> {
-    let malformed = |problem: String| Err(status(Code::InvalidArgument, &problem));
+/// The policy that a stream's request asks for.
+pub(super) fn policy(request: &proto::StreamRequest, context: &Context) -> Result<Policy, Status> {
+    let malformed = |problem: String| status(Code::InvalidArgument, &problem);
     let shard = request.shard.unwrap_or_default();
-    if shard.index >= shard.count.max(1) {
-        return malformed(format!("shard.index is {} of {}; give 0 to count - 1", shard.index, shard.count));
+    let shard = Shard { index: shard.index, count: shard.count.max(1) };
+    if shard.index >= shard.count {
+        let Shard { index, count } = shard;
+        return Err(malformed(format!("shard.index is {index} of {count}; give 0 to count - 1")));
     }
     let replay = request.replay.unwrap_or_default();
-    if !(0.0..=1.0).contains(&replay.share) {
-        return malformed(format!("replay.share is {}; give a number from 0 to 1", replay.share));
+    let share = f64::from(replay.share);
+    if !(0.0..=1.0).contains(&share) {
+        return Err(malformed(format!("replay.share is {share}; give a number from 0 to 1")));
     }
-    if proto::ReplaySampling::try_from(replay.sampling).is_err() {
-        return malformed(format!("replay.sampling is {}, which is no ReplaySampling", replay.sampling));
-    }
-    let bound = request.staleness_bound.unwrap_or_default();
-    if bound.max_age.is_some_and(|age| Duration::try_from(age).is_err()) {
-        return malformed("staleness_bound.max_age is not a duration from 0".into());
-    }
-    let Ok(pixel_format) = proto::PixelFormat::try_from(request.pixel_format) else {
-        return malformed(format!("pixel_format is {}, which is no PixelFormat", request.pixel_format));
+    let sampling = match ReplaySampling::try_from(replay.sampling) {
+        Ok(ReplaySampling::Unspecified | ReplaySampling::Uniform) => Sampling::Uniform,
+        Ok(ReplaySampling::Recency) => Sampling::Recency,
+        Ok(ReplaySampling::Competition) => Sampling::Competition,
+        Err(_) => {
+            return Err(malformed(format!("replay.sampling is {}, which is no ReplaySampling", replay.sampling)));
+        }
     };
+    let bound = request.staleness_bound.unwrap_or_default();
+    let max_age = bound.max_age.map(Duration::try_from).transpose();
+    let max_age = max_age.map_err(|_| malformed("staleness_bound.max_age is not a duration from 0".into()))?;
+    let (pixels, pixel_bytes) = match proto::PixelFormat::try_from(request.pixel_format) {
+        Ok(proto::PixelFormat::Unspecified | proto::PixelFormat::U8) => (PixelFormat::U8, 1),
+        Ok(proto::PixelFormat::F32Normalized) => (PixelFormat::F32Normalized, 4),
+        Ok(proto::PixelFormat::F16Normalized) => (PixelFormat::F16Normalized, 2),
+        Err(_) => {
+            return Err(malformed(format!("pixel_format is {}, which is no PixelFormat", request.pixel_format)));
+        }
+    };
+    let num_classes = context.teacher.spec.num_classes;
     if let Some(class) = request.classes.iter().find(|class| **class as usize >= num_classes) {
-        return malformed(format!(
+        return Err(malformed(format!(
             "classes names {class}; the teacher has the classes 0 to {}",
             num_classes.saturating_sub(1)
-        ));
+        )));
     }
-
-    let missing = |option: &str, instead: &str| {
-        Err(status(Code::Unimplemented, &format!("this version of the daemon does not have {option} yet; {instead}")))
+    let image = describe::image_bytes(context, pixel_bytes);
+    let most = describe::MAX_BATCH_BYTES.saturating_sub(8192) / image.max(1);
+    if u64::from(request.batch_size) > most {
+        return Err(malformed(format!(
+            "batch_size is {}, and at most {most} images of this format fit into one message",
+            request.batch_size
+        )));
+    }
+    let batch_size = match request.batch_size {
+        // A mix of fresh and replayed images needs a size.
+        0 if share > 0.0 => Some(context.settings.batch_size.min(most as usize)),
+        0 => None,
+        size => Some(size as usize),
     };
-    if shard.count > 1 {
-        return missing("shard with a count above 1", "leave shard out to get everything");
-    }
-    if replay.share > 0.0 {
-        return missing("replay with a share above 0", "leave replay out and keep your own replay buffer");
-    }
-    if bound.max_student_versions.is_some() || bound.max_age.is_some() {
-        return missing("staleness_bound", "leave it out and compare student_version in each batch yourself");
-    }
-    if request.batch_size > 0 {
-        return missing("batch_size above 0", "leave it at 0 to get whole chunks");
-    }
-    if !matches!(pixel_format, proto::PixelFormat::Unspecified | proto::PixelFormat::U8) {
-        return missing("pixel_format other than PIXEL_FORMAT_U8", "normalize as Describe says");
-    }
-    if !request.classes.is_empty() {
-        return missing("classes", "leave it empty and select by the labels in each batch");
-    }
-    Ok(())
+    let classes: BTreeSet<u32> = request.classes.iter().copied().collect();
+    Ok(Policy {
+        shard,
+        replay: if share > 0.0 { Replay { share, sampling } } else { Replay::default() },
+        staleness: Staleness { max_student_versions: bound.max_student_versions, max_age },
+        batch_size,
+        pixels,
+        classes: (!classes.is_empty() && classes.len() < num_classes).then(|| Arc::new(classes)),
+    })
 }
 
-/// The sequence at which a stream starts. Whether the log still holds it is for the first read to say.
+/// The sequence at which a stream starts.
 pub(super) fn start_position(start: Option<&proto::StreamStart>, log: &Log) -> Result<u64, Status> {
     let extent = log.extent();
     let sequence = match start.and_then(|start| start.position.as_ref()) {
@@ -177,13 +194,13 @@ pub(super) fn start_position(start: Option<&proto::StreamStart>, log: &Log) -> R
         Some(Position::Sequence(sequence)) => *sequence,
         Some(Position::Cursor(cursor)) => log.position(cursor).map_err(|error| cursor_status(&error, &extent))?,
     };
-    if sequence < extent.first_sequence {
-        return Err(overtaken(sequence, extent.first_sequence));
+    // A position is judged by what lies there: the seed set can be read although it lies before the log's beginning.
+    match log.locate(sequence) {
+        Located::Chunk(_) | Located::Wait => Ok(sequence),
+        Located::Overtaken { first_sequence } => Err(overtaken(sequence, first_sequence)),
+        Located::Lost { next_sequence } => Err(lost(sequence, next_sequence)),
+        Located::Ahead { next_sequence } => Err(ahead(sequence, next_sequence)),
     }
-    if sequence > extent.next_sequence {
-        return Err(ahead(sequence, extent.next_sequence));
-    }
-    Ok(sequence)
 }
 
 fn cursor_status(error: &CursorError, extent: &Extent) -> Status {
@@ -199,18 +216,54 @@ fn cursor_status(error: &CursorError, extent: &Extent) -> Status {
     }
 }
 
+/// Why a subscription ended.
+pub(super) fn end_status(end: &End) -> Status {
+    match end {
+        End::Overtaken { position, first_sequence } => overtaken(*position, *first_sequence),
+        End::Lost { position, next_sequence } => lost(*position, *next_sequence),
+        End::Ahead { position, next_sequence } => ahead(*position, *next_sequence),
+        End::Storage(problem) => {
+            let message = format!("the log cannot be read at present: {problem}; resume from the last cursor");
+            status(Code::Unavailable, &message)
+        }
+    }
+}
+
+/// The reader's next image was damaged.
+fn lost(position: u64, next_sequence: u64) -> Status {
+    going_on(
+        next_sequence,
+        status(
+            Code::DataLoss,
+            &format!(
+                "sequence {position} is lost: its chunk is damaged and in quarantine; the next sequence that is there is \
+             {next_sequence}, start from it to go on without what is lost"
+            ),
+        ),
+    )
+}
+
+/// For programs: the sequence from which a new stream can go on.
+fn going_on(next_sequence: u64, mut status: Status) -> Status {
+    status.metadata_mut().insert(NEXT_SEQUENCE, next_sequence.into());
+    status
+}
+
 /// The reader's next image is gone.
-pub(super) fn overtaken(position: u64, first_sequence: u64) -> Status {
-    status(
-        Code::OutOfRange,
-        &format!(
-            "sequence {position} is not in the log any more; the first sequence that is still there is {first_sequence}"
+fn overtaken(position: u64, first_sequence: u64) -> Status {
+    going_on(
+        first_sequence,
+        status(
+            Code::OutOfRange,
+            &format!(
+                "sequence {position} is not in the log any more; the first sequence that is still there is {first_sequence}"
+            ),
         ),
     )
 }
 
 /// The reader asks for an image that will not be the next.
-pub(super) fn ahead(position: u64, next_sequence: u64) -> Status {
+fn ahead(position: u64, next_sequence: u64) -> Status {
     status(
         Code::OutOfRange,
         &format!(

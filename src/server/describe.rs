@@ -6,12 +6,15 @@ use super::context::Context;
 use super::convert;
 use crate::proto::DescribeResponse;
 
+/// The largest message that a batch_size may ask for.
+pub(super) const MAX_BATCH_BYTES: u64 = 64 << 20;
+
 pub(super) fn describe(context: &Context) -> Result<DescribeResponse, Status> {
     context.accept()?;
     Ok(DescribeResponse {
         teacher: Some(convert::teacher(&context.teacher)),
         student: context.students.current().map(|student| convert::student(&student)),
-        log: Some(convert::log(&context.log)),
+        log: Some(convert::log(context.delivery.log())),
         synthesizer: Some(convert::synthesizer(context)),
         daemon_version: env!("CARGO_PKG_VERSION").to_owned(),
         max_message_bytes: max_message_bytes(context),
@@ -19,11 +22,17 @@ pub(super) fn describe(context: &Context) -> Result<DescribeResponse, Status> {
     })
 }
 
-/// A bound on one StreamResponse: the data of a full batch, and room for the header and the other fields.
+/// A bound on one StreamResponse: the largest chunk there is or will be, or the largest batch that may be asked for.
 fn max_message_bytes(context: &Context) -> u64 {
-    let (pixels, classes) = (context.teacher.geometry.pixels() as u64, context.teacher.spec.num_classes as u64);
-    let image = pixels + 8 + 8 + 4 + 4 * classes;
+    let log = context.delivery.log();
     // Settings stand in the header as a JSON string inside JSON, where each quote is escaped.
-    let header = 8192 + 2 * context.log.identity().settings_json.len() as u64;
-    context.settings.batch_size as u64 * image + header
+    let header = 8192 + 2 * log.identity().settings_json.len() as u64;
+    let chunk = context.settings.batch_size as u64 * image_bytes(context, 1) + header;
+    chunk.max(log.extent().largest_chunk_bytes + 1024).max(MAX_BATCH_BYTES)
+}
+
+/// The bytes of one image in a message, at so many bytes a pixel.
+pub(super) fn image_bytes(context: &Context, pixel_bytes: u64) -> u64 {
+    let (pixels, classes) = (context.teacher.geometry.pixels() as u64, context.teacher.spec.num_classes as u64);
+    pixel_bytes * pixels + 4 * classes + 8 + 8 + 8 + 4
 }

@@ -22,11 +22,15 @@ pub(super) async fn open(context: &Arc<Context>, request: FetchStudentRequest) -
     let student = match (request.version, current) {
         (_, None) => return Err(convert::status(Code::NotFound, "no student was pushed yet")),
         (0, Some(newest)) => newest,
-        (version, Some(newest)) => context.students.get(version).await.ok_or_else(|| {
-            let message =
-                format!("version {version} is not held; the newest is {}, version 0 fetches it", newest.version);
-            convert::status(Code::NotFound, &message)
-        })?,
+        (version, Some(newest)) => {
+            let stored = context.students.get(version).await;
+            let stored = stored.map_err(|error| convert::status(Code::Unavailable, &error.to_string()))?;
+            stored.ok_or_else(|| {
+                let message =
+                    format!("version {version} is not held; the newest is {}, version 0 fetches it", newest.version);
+                convert::status(Code::NotFound, &message)
+            })?
+        }
     };
     let header = Part::Header(convert::student(&student));
     let file = student.checkpoint.bytes().clone();

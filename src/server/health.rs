@@ -8,13 +8,12 @@ use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 use super::context::{Context, Readiness};
-use super::service::Service;
-use crate::proto::dreamfeed_service_server::DreamfeedServiceServer;
+use super::service::DreamfeedServer;
 
 /// How soon a change of the engine's state shows. It is read from atomics, which wake nobody.
 const POLL: Duration = Duration::from_millis(25);
 
-const SERVICES: [&str; 2] = ["", <DreamfeedServiceServer<Service> as NamedService>::NAME];
+const SERVICES: [&str; 2] = ["", <DreamfeedServer as NamedService>::NAME];
 
 pub(super) async fn report(reporter: &HealthReporter, status: ServingStatus) {
     for service in SERVICES {
@@ -37,7 +36,12 @@ pub(super) async fn follow(context: Arc<Context>, reporter: HealthReporter) {
         if now != last {
             match &now {
                 Readiness::Ready => {
-                    tracing::info!("serving: the teacher is on the device");
+                    tracing::info!("serving: ready");
+                    report(&reporter, ServingStatus::Serving).await;
+                }
+                // A passing fault of the storage is no reason to end readers: /readyz and the metrics tell of it.
+                Readiness::Storage(reason) => {
+                    tracing::warn!("synthesis waits for the storage: {reason}");
                     report(&reporter, ServingStatus::Serving).await;
                 }
                 Readiness::Loading => report(&reporter, ServingStatus::NotServing).await,

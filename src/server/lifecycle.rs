@@ -5,23 +5,25 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 use tonic_health::ServingStatus;
-use uuid::Uuid;
 
 use super::admin::{self, Pages};
 use super::context::Context;
-use super::service::Service;
+use super::frames::Framed;
+use super::service::{DreamfeedServer, Service};
 use super::{Listeners, ServeError, health};
 use crate::config::Config;
+use crate::delivery::{Delivery, Demand, Reason};
 use crate::engine;
-use crate::log::{Log, LogIdentity};
+use crate::log::{AppendError, Log, Maker};
 use crate::proto::FILE_DESCRIPTOR_SET;
-use crate::proto::dreamfeed_service_server::DreamfeedServiceServer;
+use crate::storage::Storage;
 use crate::students::{Requirements, StudentStore};
 use crate::synthesis::batch::DreamBatch;
 use crate::telemetry;
@@ -33,6 +35,9 @@ const STREAM_WINDOW: u32 = 4 << 20;
 const CONNECTION_WINDOW: u32 = 16 << 20;
 /// A peer that answers no ping for this long after as long a silence is gone.
 const KEEPALIVE: Duration = Duration::from_secs(20);
+/// The pauses between two attempts to store a batch.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// How long open connections get to close by themselves before health watches are ended, too.
 const GOODBYE: Duration = Duration::from_millis(300);
 
@@ -45,30 +50,35 @@ pub async fn run(config: Config, listeners: Listeners) -> Result<(), ServeError>
     let settings = config.engine.settings.clone();
     let settings_json = serde_json::to_string(&settings)
         .map_err(|e| ServeError::Internal(format!("the synthesis settings cannot be written as JSON: {e}")))?;
-    let log = Log::new(
-        LogIdentity {
-            log_id: Uuid::now_v7(),
-            replica: Uuid::new_v4().to_string(),
-            teacher_sha256: config.teacher.identity.clone(),
-            settings_json,
-        },
-        config.log_memory_bytes,
-    );
     let spec = &config.teacher.spec;
+    let storage = Storage::open(&config.store)?;
+    let maker = Maker {
+        teacher_sha256: config.teacher.identity.clone(),
+        geometry: config.teacher.geometry,
+        num_classes: spec.num_classes,
+        settings_json,
+    };
+    let log = Log::open(storage.clone(), config.log, maker).await?;
     let requirements = Requirements { num_classes: spec.num_classes, in_channels: spec.in_channels };
-    let students = StudentStore::new(requirements, config.students);
+    let students = StudentStore::open(storage, requirements, config.students).await?;
+    let delivery = Delivery::new(log.clone(), &config.teacher.normalization, students.watch());
+    let (fault_sender, storage_fault) = watch::channel(None);
 
     let stop = CancellationToken::new();
     let (output, batches) = async_channel::bounded(config.queue_chunks);
-    let engine = engine::spawn(config.teacher.clone(), config.engine.clone(), students.watch(), output, stop.clone())
-        .map_err(ServeError::Engine)?;
+    let demand = Demand::new(config.demand_mode, config.demand_max_lag, log.clone(), delivery.audience().clone());
+    let wanted = wanted(demand, storage_fault.clone());
+    let engine =
+        engine::spawn(config.teacher.clone(), config.engine.clone(), students.watch(), wanted, output, stop.clone())
+            .map_err(ServeError::Engine)?;
     let draining = CancellationToken::new();
     let context = Arc::new(Context {
         teacher: config.teacher.clone(),
         settings,
         engine: engine.status.clone(),
-        log: log.clone(),
-        students,
+        delivery,
+        storage_fault,
+        students: students.clone(),
         streams: Arc::new(Semaphore::new(config.max_streams)),
         max_streams: config.max_streams,
         closing: CancellationToken::new(),
@@ -79,12 +89,14 @@ pub async fn run(config: Config, listeners: Listeners) -> Result<(), ServeError>
         metrics: handle.clone(),
         queue: batches.downgrade(),
         queue_capacity: config.queue_chunks,
-        log_capacity_bytes: config.log_memory_bytes,
         liveness_timeout: config.liveness_timeout,
     });
     pages.measure();
-    let appending = tokio::spawn(append(batches, log));
-    let upkeep = tokio::spawn(async move {
+    let appending = tokio::spawn(append(batches, log.clone(), fault_sender));
+    let mut upkeep = JoinSet::new();
+    upkeep.spawn(log.upkeep());
+    upkeep.spawn(students.follow());
+    upkeep.spawn(async move {
         loop {
             tokio::time::sleep(Duration::from_secs(5)).await;
             handle.run_upkeep();
@@ -107,7 +119,8 @@ pub async fn run(config: Config, listeners: Listeners) -> Result<(), ServeError>
     let incoming = TcpIncoming::from(tokio::net::TcpListener::from_std(grpc)?)
         .with_nodelay(Some(true))
         .with_keepalive(Some(KEEPALIVE));
-    let service = DreamfeedServiceServer::new(Service(context.clone())).max_decoding_message_size(MAX_REQUEST_BYTES);
+    let inner = DreamfeedServer::new(Service(context.clone())).max_decoding_message_size(MAX_REQUEST_BYTES);
+    let service = Framed { inner, context: context.clone() };
     let closed = CancellationToken::new();
     let shutdown = closed.clone();
     let mut grpc_task = tokio::spawn(
@@ -163,7 +176,7 @@ pub async fn run(config: Config, listeners: Listeners) -> Result<(), ServeError>
     let stopped = engine.await.unwrap_or(false);
     let _ = timeout_at(deadline, appending).await;
     admin_task.abort();
-    upkeep.abort();
+    upkeep.abort_all();
     drop(ready_file);
     ended?;
     if !stopped {
@@ -176,20 +189,49 @@ pub async fn run(config: Config, listeners: Listeners) -> Result<(), ServeError>
     Ok(())
 }
 
-/// Moves batches from the engine's queue into the log. Encoding and hashing block, so they happen elsewhere.
-async fn append(batches: async_channel::Receiver<DreamBatch>, log: Arc<Log>) {
+/// Whether the engine should make images, and the metric that says why.
+fn wanted(demand: Demand, storage_fault: watch::Receiver<Option<String>>) -> engine::Wanted {
+    Arc::new(move || {
+        let reason = if storage_fault.borrow().is_some() { Reason::Storage } else { demand.reason() };
+        for other in Reason::ALL {
+            metrics::gauge!(telemetry::DEMAND, "reason" => other.name()).set(f64::from(u8::from(other == reason)));
+        }
+        reason.is_demand()
+    })
+}
+
+/// Moves batches from the engine's queue into the log. While the storage fails, the batch waits here, the queue fills and
+/// the engine rests: nothing that cost device time is dropped.
+async fn append(batches: async_channel::Receiver<DreamBatch>, log: Arc<Log>, fault: watch::Sender<Option<String>>) {
     while let Ok(batch) = batches.recv().await {
-        let log = log.clone();
-        let problem = match tokio::task::spawn_blocking(move || log.append(&batch)).await {
-            Ok(Ok(sequence)) => {
-                tracing::debug!(sequence, "chunk appended");
-                continue;
+        let batch = Arc::new(batch);
+        let mut pause = FIRST_PAUSE;
+        loop {
+            match log.append(&batch).await {
+                Ok(sequence) => {
+                    tracing::debug!(sequence, "chunk appended");
+                    if fault.send_replace(None).is_some() {
+                        tracing::info!("the storage takes images again");
+                    }
+                    break;
+                }
+                Err(AppendError::Chunk(error)) => {
+                    metrics::counter!(telemetry::BATCHES_REFUSED).increment(1);
+                    tracing::error!("a batch was dropped: {error}");
+                    break;
+                }
+                Err(AppendError::Storage(error)) => {
+                    metrics::counter!(telemetry::STORAGE_ERRORS, "operation" => "append").increment(1);
+                    fault.send_replace(Some(error.to_string()));
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(LONGEST_PAUSE);
+                }
             }
-            Ok(Err(error)) => error.to_string(),
-            Err(error) => error.to_string(),
-        };
-        metrics::counter!(telemetry::BATCHES_REFUSED).increment(1);
-        tracing::error!("a batch was dropped: {problem}");
+        }
+        if let Err(error) = log.retain().await {
+            metrics::counter!(telemetry::STORAGE_ERRORS, "operation" => "upkeep").increment(1);
+            tracing::warn!(%error, "an evicted chunk could not be deleted yet");
+        }
     }
 }
 

@@ -7,6 +7,7 @@ mod context;
 mod convert;
 mod describe;
 mod fetch_student;
+mod frames;
 mod health;
 mod lifecycle;
 mod push_student;
@@ -51,6 +52,12 @@ pub enum ServeError {
     /// The operating system refused something that a server needs.
     #[error("cannot serve: {0}")]
     Io(#[from] std::io::Error),
+    /// The log cannot be opened.
+    #[error(transparent)]
+    Log(#[from] crate::log::OpenError),
+    /// The storage cannot be used.
+    #[error(transparent)]
+    Storage(#[from] crate::storage::StorageError),
     /// The gRPC server ended by itself.
     #[error("the gRPC server ended: {0}")]
     Grpc(String),

@@ -3,22 +3,27 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use futures_util::stream::Empty;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::context::Context;
-use super::{describe, fetch_student, push_student, stream};
-use crate::proto::dreamfeed_service_server::DreamfeedService;
+use super::{describe, fetch_student, push_student};
+use crate::proto::dreamfeed_service_server::{DreamfeedService, DreamfeedServiceServer};
 use crate::proto::{
     DescribeRequest, DescribeResponse, FetchStudentRequest, PushStudentRequest, PushStudentResponse, StreamRequest,
+    StreamResponse,
 };
 use crate::telemetry;
+
+/// The generated server around the implementation.
+pub(super) type DreamfeedServer = DreamfeedServiceServer<Service>;
 
 /// The implementation of `dreamfeed.v1.DreamfeedService`.
 pub(super) struct Service(pub Arc<Context>);
 
 #[tonic::async_trait]
 impl DreamfeedService for Service {
-    type StreamStream = stream::Responses;
+    type StreamStream = Empty<Result<StreamResponse, Status>>;
     type FetchStudentStream = fetch_student::Responses;
 
     async fn describe(&self, _: Request<DescribeRequest>) -> Result<Response<DescribeResponse>, Status> {
@@ -26,9 +31,9 @@ impl DreamfeedService for Service {
         answer("Describe", started, describe::describe(&self.0))
     }
 
-    async fn stream(&self, request: Request<StreamRequest>) -> Result<Response<Self::StreamStream>, Status> {
-        let started = Instant::now();
-        answer("Stream", started, stream::open(&self.0, request.get_ref()))
+    /// Never called: [`super::frames`] answers this method before it comes here.
+    async fn stream(&self, _: Request<StreamRequest>) -> Result<Response<Self::StreamStream>, Status> {
+        Err(Status::internal("Stream is answered elsewhere in this daemon"))
     }
 
     async fn push_student(
@@ -49,13 +54,18 @@ impl DreamfeedService for Service {
 }
 
 fn answer<T>(method: &'static str, started: Instant, result: Result<T, Status>) -> Result<Response<T>, Status> {
-    let code = match &result {
+    record(method, started, &result);
+    result.map(Response::new)
+}
+
+/// Measures a call that was answered.
+pub(super) fn record<T>(method: &'static str, started: Instant, result: &Result<T, Status>) {
+    let code = match result {
         Ok(_) => "OK",
         Err(status) => code_name(status.code()),
     };
     metrics::histogram!(telemetry::RPC_SECONDS, "method" => method, "code" => code)
         .record(started.elapsed().as_secs_f64());
-    result.map(Response::new)
 }
 
 /// The codes that the contract names; the rest is one label.
@@ -69,6 +79,7 @@ fn code_name(code: tonic::Code) -> &'static str {
         tonic::Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
         tonic::Code::FailedPrecondition => "FAILED_PRECONDITION",
         tonic::Code::OutOfRange => "OUT_OF_RANGE",
+        tonic::Code::DataLoss => "DATA_LOSS",
         tonic::Code::Unimplemented => "UNIMPLEMENTED",
         tonic::Code::Unavailable => "UNAVAILABLE",
         tonic::Code::Internal => "INTERNAL",

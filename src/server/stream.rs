@@ -1,28 +1,29 @@
-//! `Stream`: the log from a position on, then live.
+//! `Stream`: what a subscription brings, as messages.
 //!
 //! A stream is pulled: the transport asks for the next message when it has room for it, so a slow reader holds one
-//! chunk at most, and its position is all the state there is.
+//! message at most, and its position is all the state there is.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::SystemTime;
 
 use futures_util::stream::{self, BoxStream, StreamExt};
-use tokio::sync::{OwnedSemaphorePermit, watch};
+use tokio::sync::OwnedSemaphorePermit;
 use tonic::{Code, Status};
 
 use super::context::Context;
 use super::convert;
-use crate::log::{Chunk, Read};
+use super::frames::Outgoing;
+use crate::delivery::{End, Message, Subscription};
 use crate::proto::{StreamRequest, StreamResponse};
 use crate::telemetry;
 
-/// What a call to `Stream` answers with.
-pub(super) type Responses = BoxStream<'static, Result<StreamResponse, Status>>;
-
-pub(super) fn open(context: &Arc<Context>, request: &StreamRequest) -> Result<Responses, Status> {
+pub(super) fn open(
+    context: &Arc<Context>,
+    request: &StreamRequest,
+) -> Result<BoxStream<'static, Result<Outgoing, Status>>, Status> {
     context.accept()?;
-    convert::check_stream_options(request, context.teacher.spec.num_classes)?;
-    let position = convert::start_position(request.start.as_ref(), &context.log)?;
+    let policy = convert::policy(request, context)?;
+    let position = convert::start_position(request.start.as_ref(), context.delivery.log())?;
     let permit = context.streams.clone().try_acquire_owned().map_err(|_| {
         let message = format!(
             "{} streams are open, as many as this daemon takes (its setting max_streams); retry with back-off",
@@ -31,8 +32,8 @@ pub(super) fn open(context: &Arc<Context>, request: &StreamRequest) -> Result<Re
         convert::status(Code::ResourceExhausted, &message)
     })?;
     let subscriber = Subscriber::new(permit);
-    let news = context.log.watch();
-    let reader = Reader { context: context.clone(), news, position, begun: false, subscriber };
+    let subscription = context.delivery.subscribe(position, policy);
+    let reader = Reader { context: context.clone(), subscription, subscriber };
     let responses = stream::unfold(Some(reader), |reader| async {
         let mut reader = reader?;
         match reader.next().await {
@@ -66,48 +67,29 @@ impl Drop for Subscriber {
 
 struct Reader {
     context: Arc<Context>,
-    news: watch::Receiver<u64>,
-    position: u64,
-    begun: bool,
+    subscription: Subscription,
     subscriber: Subscriber,
 }
 
 impl Reader {
-    async fn next(&mut self) -> Result<StreamResponse, Status> {
-        loop {
-            if self.context.closing.is_cancelled() {
-                return Err(self.close());
-            }
-            // Seen before the read: what is appended after it wakes the wait below.
-            self.news.borrow_and_update();
-            match self.read().await {
-                Read::Chunk(chunk) => return Ok(self.send(&chunk)),
-                Read::Overtaken { first_sequence } => {
-                    self.subscriber.end = "overtaken";
-                    return Err(convert::overtaken(self.position, first_sequence));
+    async fn next(&mut self) -> Result<Outgoing, Status> {
+        let closing = self.context.closing.clone();
+        tokio::select! {
+            biased;
+            () = closing.cancelled() => Err(self.close()),
+            next = self.subscription.next() => match next {
+                Ok(message) => Ok(self.send(message)),
+                Err(end) => {
+                    self.subscriber.end = match end {
+                        End::Overtaken { .. } => "overtaken",
+                        End::Lost { .. } => "lost",
+                        End::Ahead { .. } => "error",
+                        End::Storage(_) => "storage",
+                    };
+                    Err(convert::end_status(&end))
                 }
-                Read::Ahead { next_sequence } => {
-                    self.subscriber.end = "error";
-                    return Err(convert::ahead(self.position, next_sequence));
-                }
-                Read::Wait => {}
-            }
-            tokio::select! {
-                () = self.context.closing.cancelled() => {}
-                // The bound is only a safety net: a missed wake-up would cost a minute, not the stream.
-                _ = tokio::time::timeout(Duration::from_secs(60), self.news.changed()) => {}
-            }
+            },
         }
-    }
-
-    /// Only the first read can begin inside a chunk, whose rest is then encoded anew: work for another thread.
-    async fn read(&mut self) -> Read {
-        let (log, position) = (self.context.log.clone(), self.position);
-        if std::mem::replace(&mut self.begun, true) {
-            return log.read(position);
-        }
-        let wait = |_| Read::Wait;
-        tokio::task::spawn_blocking(move || log.read(position)).await.unwrap_or_else(wait)
     }
 
     fn close(&mut self) -> Status {
@@ -115,19 +97,27 @@ impl Reader {
         self.context.closing_status()
     }
 
-    fn send(&mut self, chunk: &Chunk) -> StreamResponse {
-        self.position = chunk.end();
-        metrics::counter!(telemetry::IMAGES_SENT).increment(u64::from(chunk.count));
-        metrics::counter!(telemetry::BYTES_SENT).increment(chunk.payload.len() as u64);
-        StreamResponse {
-            payload: chunk.payload.clone(),
-            cursor: self.context.log.cursor(self.position),
-            first_sequence: chunk.first_sequence,
-            count: chunk.count,
-            current_student_version: self.context.students.current_version(),
-            lag: self.context.log.extent().next_sequence.saturating_sub(self.position),
-            age: Some(convert::age(chunk.created_at)),
-            realized_replay_ratio: 0.0,
-        }
+    fn send(&mut self, message: Message) -> Outgoing {
+        let replayed = message.count.saturating_sub(message.fresh_count);
+        let age = SystemTime::now().duration_since(message.oldest).unwrap_or_default();
+        metrics::counter!(telemetry::IMAGES_SENT, "kind" => "fresh").increment(u64::from(message.fresh_count));
+        metrics::counter!(telemetry::IMAGES_SENT, "kind" => "replayed").increment(u64::from(replayed));
+        metrics::counter!(telemetry::BYTES_SENT).increment(message.payload.len() as u64);
+        let kind = if replayed == 0 { "fresh" } else { "replayed" };
+        metrics::histogram!(telemetry::SENT_AGE_SECONDS, "kind" => kind).record(age.as_secs_f64());
+        let log = self.context.delivery.log();
+        let response = StreamResponse {
+            payload: Default::default(),
+            cursor: log.cursor(message.position),
+            first_sequence: message.first_sequence,
+            count: message.count,
+            current_student_version: self.context.delivery.current_version(),
+            lag: log.extent().next_sequence.saturating_sub(message.position),
+            age: Some(convert::duration(age)),
+            realized_replay_ratio: message.replay_ratio as f32,
+            fresh_count: message.fresh_count,
+            stale_images: message.stale_images,
+        };
+        (response, message.payload)
     }
 }

@@ -3,6 +3,7 @@
 
 use crate::model::checkpoint::CheckpointError;
 use crate::model::spec::{Mismatch, SpecError};
+use crate::storage::StorageError;
 
 /// Names listed of each kind of mismatch.
 const LISTED: usize = 6;
@@ -122,6 +123,9 @@ pub enum PushError {
         /// What is current; 0 = none.
         current: u64,
     },
+    /// The storage failed. Whether the version was written is open.
+    #[error("the student could not be stored, push it again: {0}")]
+    Storage(#[from] StorageError),
     /// The daemon itself failed.
     #[error("the push could not be checked: {0}")]
     Internal(String),
@@ -147,6 +151,7 @@ impl PushError {
             Self::Channels { .. } => "channels",
             Self::Classes { .. } => "classes",
             Self::Conflict { .. } => "conflict",
+            Self::Storage(_) => "storage",
             Self::Internal(_) => "internal",
         }
     }

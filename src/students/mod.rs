@@ -1,10 +1,10 @@
 //! Versions of the student: checked in full before anything changes, then published to whoever watches.
 //!
 //! Nothing here knows of a device or of the wire. [`StudentStore::begin`] opens a [`Push`], which takes bytes as they
-//! come; [`Push::finish`] checks them and commits. Where versions live is the business of [`versions`] alone: a durable
-//! store replaces that file's type and nothing else.
+//! come; [`Push::finish`] checks them and commits. Where versions live is the business of [`versions`] alone.
 
 mod error;
+mod object;
 mod push;
 mod versions;
 
@@ -15,11 +15,15 @@ use tokio::sync::{Semaphore, watch};
 
 use crate::model::checkpoint::Checkpoint;
 use crate::model::spec::NetworkSpec;
+use crate::storage::{Storage, StorageError};
 
 pub use error::PushError;
 pub(crate) use error::beginning;
 pub use push::{Push, PushHeader};
 use versions::Versions;
+
+/// How often the storage is looked through for students of other daemons.
+const FOLLOW: Duration = Duration::from_secs(2);
 
 /// One accepted version of the student.
 #[derive(Debug)]
@@ -85,14 +89,29 @@ pub struct StudentStore {
 }
 
 impl StudentStore {
-    /// A store without any student yet.
-    pub fn new(requirements: Requirements, limits: StudentLimits) -> Arc<Self> {
-        Arc::new(Self {
+    /// The students of a storage; the newest valid one is current.
+    pub async fn open(
+        storage: Storage,
+        requirements: Requirements,
+        limits: StudentLimits,
+    ) -> Result<Arc<Self>, StorageError> {
+        Ok(Arc::new(Self {
             requirements,
             limits,
             slots: Arc::new(Semaphore::new(limits.max_pushes)),
-            versions: Versions::new(limits.kept_versions),
-        })
+            versions: Versions::open(storage, limits.kept_versions).await?,
+        }))
+    }
+
+    /// Follows what other daemons on the same storage accept, until dropped.
+    pub async fn follow(self: Arc<Self>) {
+        let mut look = tokio::time::interval(FOLLOW);
+        loop {
+            look.tick().await;
+            if let Err(error) = self.versions.follow().await {
+                tracing::warn!(%error, "students of other daemons are not seen for now");
+            }
+        }
     }
 
     /// The limits it was made with.
@@ -115,8 +134,8 @@ impl StudentStore {
         self.versions.current().map_or(0, |student| student.version)
     }
 
-    /// The student of this version, while it is still held.
-    pub async fn get(&self, version: u64) -> Option<Arc<Student>> {
+    /// The student of this version, while it is still kept.
+    pub async fn get(&self, version: u64) -> Result<Option<Arc<Student>>, StorageError> {
         self.versions.get(version).await
     }
 

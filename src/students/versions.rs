@@ -1,15 +1,18 @@
-//! Where accepted versions live: here, in memory, the newest few. The durable store takes this type's place; its methods
-//! are async for that reason.
+//! Where accepted versions live: in object storage, one object a version. A create-only put decides the number, so two
+//! pushes, or two daemons, never share one. The newest valid version is held in memory too, for the engine.
 
-use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
-use tokio::sync::watch;
+use metrics::counter;
+use tokio::sync::{Mutex, watch};
 
-use super::{Accepted, PushError, Student};
+use super::{Accepted, PushError, Student, object};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::spec::NetworkSpec;
+use crate::storage::{Created, Storage, StorageError, blocking};
+use crate::telemetry;
 
 /// A checked student that has no version yet.
 pub(super) struct Candidate {
@@ -22,17 +25,31 @@ pub(super) struct Candidate {
     pub received_at: Instant,
 }
 
-/// The newest versions, oldest first, and a watch on the last of them.
+impl Candidate {
+    fn is(&self, student: &Student) -> bool {
+        self.sha256 == student.sha256 && self.arch == student.arch
+    }
+}
+
+/// The versions of one storage.
 #[derive(Debug)]
 pub(super) struct Versions {
+    storage: Storage,
     kept: usize,
-    held: Mutex<VecDeque<Arc<Student>>>,
+    /// Every version that lies there, damaged ones too: a number is never given twice.
+    known: Mutex<BTreeSet<u64>>,
     current: watch::Sender<Option<Arc<Student>>>,
 }
 
 impl Versions {
-    pub fn new(kept: usize) -> Self {
-        Self { kept: kept.max(1), held: Mutex::default(), current: watch::Sender::new(None) }
+    /// Opens the versions of a storage; the newest valid one becomes the current one.
+    pub async fn open(storage: Storage, kept: usize) -> Result<Self, StorageError> {
+        let this = Self { storage, kept: kept.max(1), known: Mutex::default(), current: watch::Sender::new(None) };
+        this.refresh(&mut *this.known.lock().await).await?;
+        if let Some(student) = this.current() {
+            tracing::info!(version = student.version, arch = %student.arch, "the newest stored student is adopted");
+        }
+        Ok(this)
     }
 
     pub fn watch(&self) -> watch::Receiver<Option<Arc<Student>>> {
@@ -43,37 +60,97 @@ impl Versions {
         self.current.borrow().clone()
     }
 
-    pub async fn get(&self, version: u64) -> Option<Arc<Student>> {
-        let held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        held.iter().find(|student| student.version == version).cloned()
+    /// Takes what other daemons stored since the last look.
+    pub async fn follow(&self) -> Result<(), StorageError> {
+        self.refresh(&mut *self.known.lock().await).await
     }
 
-    /// Decides, numbers and publishes in one step: of two pushes that replace the same version only one can win.
+    async fn refresh(&self, known: &mut BTreeSet<u64>) -> Result<(), StorageError> {
+        let after = known.last().map(|version| object::name(*version));
+        let found = self.storage.list(object::FOLDER, after.as_deref()).await?;
+        let new: Vec<u64> = found.iter().filter_map(|found| object::version(&found.name)).collect();
+        // Newest first, until one is whole.
+        for version in new.iter().rev() {
+            if let Some(student) = self.load(*version).await? {
+                self.current.send_replace(Some(Arc::new(student)));
+                break;
+            }
+        }
+        known.extend(new);
+        Ok(())
+    }
+
+    /// The stored student; None where it is gone, or damaged.
+    async fn load(&self, version: u64) -> Result<Option<Student>, StorageError> {
+        let name = object::name(version);
+        let Some(bytes) = self.storage.get(&name).await? else { return Ok(None) };
+        match blocking(move || object::read(version, bytes)).await.and_then(|read| read) {
+            Ok(student) => Ok(Some(student)),
+            Err(problem) => {
+                counter!(telemetry::STUDENTS_DAMAGED).increment(1);
+                tracing::error!(%name, problem, "a stored student is damaged, and is not used");
+                Ok(None)
+            }
+        }
+    }
+
+    pub async fn get(&self, version: u64) -> Result<Option<Arc<Student>>, StorageError> {
+        match self.current() {
+            Some(current) if current.version == version => Ok(Some(current)),
+            _ => Ok(self.load(version).await?.map(Arc::new)),
+        }
+    }
+
+    /// Decides, numbers and publishes: of two pushes that replace the same version only one can win. The version is
+    /// durable when this returns.
     pub async fn commit(&self, candidate: Candidate, replaces: Option<u64>) -> Result<Accepted, PushError> {
-        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        let newest = held.back();
-        if let Some(same) = newest.filter(|s| s.sha256 == candidate.sha256 && s.arch == candidate.arch) {
-            return Ok(Accepted { student: same.clone(), already_current: true });
+        let mut known = self.known.lock().await;
+        let candidate = Arc::new(candidate);
+        let encoding = candidate.clone();
+        let bytes = blocking(move || object::write(&encoding)).await.and_then(|written| written);
+        let bytes = bytes.map_err(PushError::Internal)?;
+        loop {
+            self.refresh(&mut known).await?;
+            let newest = self.current();
+            if let Some(same) = newest.as_ref().filter(|student| candidate.is(student)) {
+                return Ok(Accepted { student: same.clone(), already_current: true });
+            }
+            let current = newest.map_or(0, |student| student.version);
+            if let Some(replaces) = replaces.filter(|replaces| *replaces != current) {
+                return Err(PushError::Conflict { replaces, current });
+            }
+            let version = known.last().map_or(1, |newest| newest + 1);
+            // After an error the version may be there all the same. It is then found by the next look, and the same push
+            // again is no new one.
+            if self.storage.create(&object::name(version), bytes.clone()).await? == Created::Taken {
+                continue;
+            }
+            known.insert(version);
+            let student = Arc::new(Student {
+                version,
+                arch: candidate.arch.clone(),
+                spec: candidate.spec.clone(),
+                checkpoint: candidate.checkpoint.clone(),
+                sha256: candidate.sha256,
+                trainer_step: candidate.trainer_step,
+                accepted_at: candidate.accepted_at,
+                received_at: candidate.received_at,
+            });
+            self.current.send_replace(Some(student.clone()));
+            self.retain(&mut known, version).await;
+            return Ok(Accepted { student, already_current: false });
         }
-        let current = newest.map_or(0, |student| student.version);
-        if let Some(replaces) = replaces.filter(|replaces| *replaces != current) {
-            return Err(PushError::Conflict { replaces, current });
+    }
+
+    /// Lets go of all but the newest versions. What fails here is tried again with the next push.
+    async fn retain(&self, known: &mut BTreeSet<u64>, newest: u64) {
+        let most = self.kept as u64;
+        let old: Vec<u64> = known.iter().copied().take_while(|version| *version + most <= newest).collect();
+        for version in old {
+            match self.storage.delete(&object::name(version)).await {
+                Ok(()) => _ = known.remove(&version),
+                Err(error) => return tracing::warn!(%error, "an old student stays for now"),
+            }
         }
-        let student = Arc::new(Student {
-            version: current + 1,
-            arch: candidate.arch,
-            spec: candidate.spec,
-            checkpoint: candidate.checkpoint,
-            sha256: candidate.sha256,
-            trainer_step: candidate.trainer_step,
-            accepted_at: candidate.accepted_at,
-            received_at: candidate.received_at,
-        });
-        held.push_back(student.clone());
-        while held.len() > self.kept {
-            held.pop_front();
-        }
-        self.current.send_replace(Some(student.clone()));
-        Ok(Accepted { student, already_current: false })
     }
 }

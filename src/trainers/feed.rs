@@ -175,9 +175,12 @@ async fn receive(
             },
         };
         if error.code() == Some(Code::OutOfRange) {
-            // Another log (the daemon was restarted), or retention was faster: go on with the oldest that is there.
+            // Another log, or retention was faster: go on with the oldest that is there.
             tracing::warn!("{error}; going on from the oldest image");
-            start = Start::Earliest;
+            start = error.next_sequence().map_or(Start::Earliest, Start::Sequence);
+        } else if let (Some(Code::DataLoss), Some(next)) = (error.code(), error.next_sequence()) {
+            tracing::warn!("{error}; going on behind the damage");
+            start = Start::Sequence(next);
         } else if !error.is_transient() && error.code() != Some(Code::ResourceExhausted) {
             let _ = batches.send(Err(error)).await;
             return;

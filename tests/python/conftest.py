@@ -99,6 +99,7 @@ def client(contract: Contract, teacher_file: Path, tmp_path: Path) -> Iterator[C
         str(BINARY),
         "serve",
         *("--teacher", str(teacher_file), "--synthesizer", "noise", "--batch-size", str(BATCH)),
+        *("--store", str(tmp_path / "store")),
         *("--max-images", str(4 * BATCH), "--seed", "7", "--threads", "1"),
         *("--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", "--ready-file", str(ready_file)),
     ]

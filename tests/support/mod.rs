@@ -79,6 +79,9 @@ pub fn serve_command(folder: &Path, arguments: &[&str]) -> Command {
     if !arguments.contains(&"--synthesizer") {
         command.args(["--synthesizer", "noise"]);
     }
+    if !arguments.contains(&"--store") {
+        command.arg("--store").arg(folder.join("store"));
+    }
     command.args(arguments);
     command
 }

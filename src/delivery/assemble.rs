@@ -1,0 +1,178 @@
+//! A message's payload out of rows of chunks: one allocation, each row copied once. The layout is documented at
+//! `StreamResponse.payload` in the contract.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use bytes::Bytes;
+use half::f16;
+use serde_json::json;
+
+use super::policy::PixelFormat;
+use crate::log::{Chunk, LogIdentity};
+use crate::model::source::Normalization;
+
+/// The `format` in the metadata of a batch that was put together for one policy.
+pub const FORMAT: &str = "dreamfeed.batch.v1";
+
+/// What every pixel value becomes, per channel.
+#[derive(Clone, Debug)]
+pub struct PixelTables {
+    f32s: Vec<[[u8; 4]; 256]>,
+    f16s: Vec<[[u8; 2]; 256]>,
+}
+
+impl PixelTables {
+    /// (pixel / 255 - mean) / std, as the contract says.
+    pub fn new(normalization: &Normalization) -> Self {
+        let channels = || normalization.mean.iter().zip(&normalization.std);
+        let value = |pixel: usize, mean: f32, std: f32| (pixel as f32 / 255.0 - mean) / std;
+        Self {
+            f32s: channels().map(|(m, s)| std::array::from_fn(|p| value(p, *m, *s).to_le_bytes())).collect(),
+            f16s: channels()
+                .map(|(m, s)| std::array::from_fn(|p| f16::from_f32(value(p, *m, *s)).to_le_bytes()))
+                .collect(),
+        }
+    }
+}
+
+/// The payload under construction.
+pub struct Assembly<'a> {
+    file: Vec<u8>,
+    log: &'a LogIdentity,
+    tables: &'a PixelTables,
+    pixels: PixelFormat,
+    columns: Columns,
+}
+
+/// Where each tensor lies in the file.
+struct Columns {
+    labels: Range<usize>,
+    sequence: Range<usize>,
+    student_version: Range<usize>,
+    competition: Range<usize>,
+    teacher_logits: Range<usize>,
+    images: Range<usize>,
+}
+
+impl<'a> Assembly<'a> {
+    /// Room for `count` images, the first `fresh` of which are fresh.
+    pub fn new(
+        log: &'a LogIdentity,
+        tables: &'a PixelTables,
+        pixels: PixelFormat,
+        count: usize,
+        fresh: usize,
+    ) -> Self {
+        let geometry = log.geometry;
+        let (dtype, width) = match pixels {
+            PixelFormat::U8 => ("U8", 1),
+            PixelFormat::F32Normalized => ("F32", 4),
+            PixelFormat::F16Normalized => ("F16", 2),
+        };
+        let metadata = BTreeMap::from([
+            ("format", FORMAT.to_owned()),
+            ("log_id", log.log_id.to_string()),
+            ("teacher_sha256", log.teacher_sha256.clone()),
+            ("count", count.to_string()),
+            ("fresh_count", fresh.to_string()),
+            ("pixels", pixels.name().to_owned()),
+        ]);
+        let mut header = serde_json::Map::from_iter([("__metadata__".to_owned(), json!(metadata))]);
+        let mut end = 0;
+        let mut column = |name: &str, dtype: &str, shape: &[usize], bytes: usize| {
+            let start = end;
+            end += bytes;
+            header.insert(name.into(), json!({ "dtype": dtype, "shape": shape, "data_offsets": [start, end] }));
+            start..end
+        };
+        let image_shape = [count, geometry.channels, geometry.height, geometry.width];
+        let (n, k) = (count, log.num_classes);
+        let mut columns = Columns {
+            labels: column("labels", "I64", &[n], 8 * n),
+            sequence: column("sequence", "I64", &[n], 8 * n),
+            student_version: column("student_version", "I64", &[n], 8 * n),
+            competition: column("competition", "F32", &[n], 4 * n),
+            teacher_logits: column("teacher_logits", "F32", &[n, k], 4 * n * k),
+            images: column("images", dtype, &image_shape, n * geometry.pixels() * width),
+        };
+        let mut header = serde_json::Value::Object(header).to_string().into_bytes();
+        header.resize(header.len().next_multiple_of(8), b' ');
+        let start = 8 + header.len();
+        for range in [
+            &mut columns.labels,
+            &mut columns.sequence,
+            &mut columns.student_version,
+            &mut columns.competition,
+            &mut columns.teacher_logits,
+            &mut columns.images,
+        ] {
+            *range = range.start + start..range.end + start;
+        }
+        let mut file = Vec::with_capacity(start + end);
+        file.extend_from_slice(&(header.len() as u64).to_le_bytes());
+        file.extend_from_slice(&header);
+        file.resize(start + end, 0);
+        Self { file, log, tables, pixels, columns }
+    }
+
+    /// Copies a row of a chunk to a row of the batch; false where either has no such row, which is a bug of the caller's.
+    pub fn copy(&mut self, to: usize, chunk: &Chunk, from: usize) -> bool {
+        let sequence = (chunk.first_sequence() + from as u64).to_le_bytes();
+        let (k, pixels) = (4 * self.log.num_classes, self.log.geometry.pixels());
+        let logits = chunk.teacher_logits().get(from * k..(from + 1) * k);
+        let image = chunk.images().get(from * pixels..(from + 1) * pixels);
+        let (Some(label), Some(version), Some(competition), Some(logits), Some(image)) = (
+            chunk.labels().get(from),
+            chunk.student_versions().get(from),
+            chunk.competition().get(from),
+            logits,
+            image,
+        ) else {
+            return false;
+        };
+        let columns = &self.columns;
+        let small: [(&Range<usize>, &[u8]); 5] = [
+            (&columns.labels, label),
+            (&columns.sequence, &sequence),
+            (&columns.student_version, version),
+            (&columns.competition, competition),
+            (&columns.teacher_logits, logits),
+        ];
+        for (range, data) in small {
+            let start = range.start + to * data.len();
+            match self.file.get_mut(start..start + data.len()) {
+                Some(row) => row.copy_from_slice(data),
+                None => return false,
+            }
+        }
+        let width = match self.pixels {
+            PixelFormat::U8 => 1,
+            PixelFormat::F32Normalized => 4,
+            PixelFormat::F16Normalized => 2,
+        };
+        let start = columns.images.start + to * pixels * width;
+        let Some(row) = self.file.get_mut(start..start + pixels * width) else { return false };
+        let plane = (self.log.geometry.height * self.log.geometry.width).max(1);
+        match self.pixels {
+            PixelFormat::U8 => row.copy_from_slice(image),
+            PixelFormat::F32Normalized => convert(row, image, plane, &self.tables.f32s),
+            PixelFormat::F16Normalized => convert(row, image, plane, &self.tables.f16s),
+        }
+        true
+    }
+
+    /// The safetensors file.
+    pub fn finish(self) -> Bytes {
+        self.file.into()
+    }
+}
+
+fn convert<const B: usize>(row: &mut [u8], image: &[u8], plane: usize, tables: &[[[u8; B]; 256]]) {
+    let (row, _) = row.as_chunks_mut::<B>();
+    for ((to, from), table) in row.chunks_mut(plane).zip(image.chunks(plane)).zip(tables) {
+        for (value, pixel) in to.iter_mut().zip(from) {
+            *value = table[usize::from(*pixel)];
+        }
+    }
+}

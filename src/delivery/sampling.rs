@@ -1,0 +1,131 @@
+//! Which images of the log are sent again: pure arithmetic on the index, and on the rows of one chunk.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use rand::{Rng, RngExt};
+
+use super::policy::{COMPETITION_FLOOR, Sampling};
+use crate::log::{Chunk, Entry};
+
+/// Images taken from a chunk at one draw. Each image's chance is what the policy says; that some of one message come from
+/// the same chunk saves most of the reading.
+pub const ROWS_PER_DRAW: usize = 8;
+
+/// Chunks by weight.
+#[derive(Debug, Default)]
+pub struct Table {
+    chunks: Vec<Arc<Entry>>,
+    /// The sum of the weights up to and with each chunk.
+    cumulative: Vec<f64>,
+}
+
+impl Table {
+    /// The chunks that hold at least one wanted image, oldest first.
+    pub fn new(entries: &[Arc<Entry>], sampling: Sampling, classes: Option<&BTreeSet<u32>>) -> Self {
+        let next = entries.last().map_or(0, |entry| entry.summary.end());
+        let images: u64 = entries.iter().map(|entry| u64::from(entry.summary.count)).sum();
+        let half_life = (images as f64 / 4.0).max(1.0);
+        let mut table = Self::default();
+        let mut sum = 0.0;
+        for entry in entries {
+            let weight = chunk_weight(entry, sampling, classes, next, half_life);
+            if weight > 0.0 {
+                sum += weight;
+                table.chunks.push(entry.clone());
+                table.cumulative.push(sum);
+            }
+        }
+        table
+    }
+
+    /// Whether there is nothing to draw.
+    pub fn is_empty(&self) -> bool {
+        self.chunks.is_empty()
+    }
+
+    /// A chunk, drawn by weight.
+    pub fn draw(&self, random: &mut impl Rng) -> Option<&Arc<Entry>> {
+        let total = *self.cumulative.last()?;
+        let at = random.random::<f64>() * total;
+        let index = self.cumulative.partition_point(|sum| *sum <= at);
+        self.chunks.get(index.min(self.chunks.len() - 1))
+    }
+}
+
+/// The sum of the weights of a chunk's wanted images.
+fn chunk_weight(
+    entry: &Entry,
+    sampling: Sampling,
+    classes: Option<&BTreeSet<u32>>,
+    next_sequence: u64,
+    half_life: f64,
+) -> f64 {
+    let summary = &entry.summary;
+    let (count, competition) = match classes {
+        None => (f64::from(summary.count), summary.competition),
+        Some(wanted) => summary
+            .classes
+            .iter()
+            .filter(|(class, ..)| wanted.contains(class))
+            .fold((0.0, 0.0), |(count, sum), (_, n, c)| (count + f64::from(*n), sum + f64::from(*c))),
+    };
+    match sampling {
+        Sampling::Uniform => count,
+        Sampling::Recency => {
+            let middle = (summary.first_sequence + summary.end()) as f64 / 2.0;
+            count * (-(next_sequence as f64 - middle) / half_life).exp2()
+        }
+        Sampling::Competition => competition + COMPETITION_FLOOR * count,
+    }
+}
+
+/// `count` rows of a chunk, drawn by weight among those that `wanted` accepts; none where it accepts none.
+///
+/// Always the same number, so that an image's chance does not depend on how many others its chunk has. Uniform and
+/// recency take every row once before any twice, which leaves each image's chance equal; competition draws with
+/// replacement, which alone keeps chances proportional to weights.
+pub fn draw_rows(
+    chunk: &Chunk,
+    sampling: Sampling,
+    count: usize,
+    wanted: impl Fn(i64) -> bool,
+    random: &mut impl Rng,
+) -> Vec<u32> {
+    let labels = chunk.labels().iter().map(|bytes| i64::from_le_bytes(*bytes));
+    let mut rows: Vec<u32> = (0u32..).zip(labels).filter(|(_, label)| wanted(*label)).map(|(row, _)| row).collect();
+    if rows.is_empty() {
+        return rows;
+    }
+    match sampling {
+        Sampling::Uniform | Sampling::Recency => {
+            let mut drawn = Vec::with_capacity(count);
+            while drawn.len() < count {
+                let turn = (count - drawn.len()).min(rows.len());
+                for at in 0..turn {
+                    let other = random.random_range(at..rows.len());
+                    rows.swap(at, other);
+                }
+                drawn.extend(rows.iter().take(turn));
+            }
+            drawn
+        }
+        Sampling::Competition => {
+            let competition = chunk.competition();
+            let mut sum = 0.0;
+            let cumulative: Vec<f64> = rows
+                .iter()
+                .map(|row| {
+                    let value = competition.get(*row as usize).map_or(0.0, |bytes| crate::log::chunk::finite(*bytes));
+                    sum += value + COMPETITION_FLOOR;
+                    sum
+                })
+                .collect();
+            let mut draw = || {
+                let at = random.random::<f64>() * sum;
+                cumulative.partition_point(|sum| *sum <= at).min(rows.len() - 1)
+            };
+            (0..count).map(|_| draw()).filter_map(|index| rows.get(index).copied()).collect()
+        }
+    }
+}

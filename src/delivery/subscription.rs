@@ -1,0 +1,431 @@
+//! One subscriber: which images come next, and in which message.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use tokio::sync::watch;
+
+use super::assemble::Assembly;
+use super::policy::Policy;
+use super::sampling::{ROWS_PER_DRAW, draw_rows};
+use super::{Delivery, Ticket};
+use crate::log::{CacheUse, Chunk, Entry, Located, ReadError};
+
+/// A storage that does not answer is asked again for so long before the stream ends.
+const READ_PATIENCE: Duration = Duration::from_secs(20);
+/// The first pause between two attempts; each is twice as long as the one before.
+const READ_PAUSE: Duration = Duration::from_millis(100);
+/// Draws that may find nothing, for each one that is wanted: chunks whose images are all too stale.
+const VAIN_DRAWS: usize = 20;
+
+/// One message for the subscriber.
+#[derive(Clone, Debug)]
+pub struct Message {
+    /// The safetensors file.
+    pub payload: Bytes,
+    /// The sequence from which a new subscription goes on after this message.
+    pub position: u64,
+    /// The sequence of the first image in it.
+    pub first_sequence: u64,
+    /// Images in it.
+    pub count: u32,
+    /// How many of them are fresh; those come first.
+    pub fresh_count: u32,
+    /// When its oldest image was finished.
+    pub oldest: SystemTime,
+    /// The share of the images sent so far, this message included, that were replayed.
+    pub replay_ratio: f64,
+    /// Images so far that were passed over because they were staler than the bound.
+    pub stale_images: u64,
+}
+
+/// Why a subscription ends.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The next image was evicted.
+    Overtaken {
+        /// The image.
+        position: u64,
+        /// The first sequence that is still there.
+        first_sequence: u64,
+    },
+    /// The next image is lost to damage.
+    Lost {
+        /// The image.
+        position: u64,
+        /// The next sequence that is there.
+        next_sequence: u64,
+    },
+    /// The position lies beyond the next image to be made.
+    Ahead {
+        /// The position.
+        position: u64,
+        /// The next image to be made.
+        next_sequence: u64,
+    },
+    /// The storage does not answer.
+    Storage(String),
+}
+
+/// One image on its way into a message.
+#[derive(Clone, Copy, Debug)]
+struct Pick {
+    chunk: u64,
+    row: u32,
+    student_version: i64,
+    created_at: SystemTime,
+}
+
+impl Pick {
+    fn sequence(&self) -> u64 {
+        self.chunk + u64::from(self.row)
+    }
+}
+
+/// A subscriber's state.
+#[derive(Debug)]
+pub struct Subscription {
+    delivery: Arc<Delivery>,
+    policy: Policy,
+    form: Arc<str>,
+    news: watch::Receiver<u64>,
+    ticket: Ticket,
+    /// The next image to look at.
+    position: u64,
+    /// The position after the last message.
+    sent_to: u64,
+    /// Fresh images for the next message, found so far.
+    picked: Vec<Pick>,
+    /// Fresh images that are due although the share of replayed ones left no whole one.
+    credit: f64,
+    sent: u64,
+    replayed: u64,
+    stale: u64,
+    random: ChaCha8Rng,
+}
+
+impl Subscription {
+    pub(super) fn new(delivery: Arc<Delivery>, position: u64, policy: Policy) -> Self {
+        Self {
+            news: delivery.log.watch(),
+            ticket: delivery.audience.join(position, policy.replay.share < 1.0),
+            form: policy.form(),
+            delivery,
+            policy,
+            position,
+            sent_to: position,
+            picked: Vec::new(),
+            credit: 0.0,
+            sent: 0,
+            replayed: 0,
+            stale: 0,
+            random: ChaCha8Rng::seed_from_u64(rand::random()),
+        }
+    }
+
+    /// The position from which a new subscription would go on.
+    pub fn position(&self) -> u64 {
+        self.sent_to
+    }
+
+    /// The next message, waiting for fresh images where the policy has nothing else to send. May be dropped at any time:
+    /// what it had found so far is kept.
+    pub async fn next(&mut self) -> Result<Message, End> {
+        loop {
+            // Seen before the read: what is appended after it wakes the wait below.
+            self.news.borrow_and_update();
+            if let Some(message) = self.try_next().await? {
+                self.ticket.move_to(self.sent_to);
+                let replayed = message.count.saturating_sub(message.fresh_count);
+                self.delivery.sent.fetch_add(u64::from(message.count), Ordering::Relaxed);
+                self.delivery.replayed.fetch_add(u64::from(replayed), Ordering::Relaxed);
+                return Ok(message);
+            }
+            // It has seen everything and wants more, also where a message is half full.
+            self.ticket.move_to(self.position);
+            // The bound is only a safety net: a missed wake-up would cost a minute, not the stream.
+            let _ = tokio::time::timeout(Duration::from_secs(60), self.news.changed()).await;
+        }
+    }
+
+    async fn try_next(&mut self) -> Result<Option<Message>, End> {
+        if self.policy.is_plain() {
+            return self.whole_chunk().await;
+        }
+        loop {
+            let batch_size = self.policy.batch_size;
+            let fresh_wanted = match batch_size {
+                Some(size) => self.fresh_due(size),
+                None => 1,
+            };
+            self.find_fresh(fresh_wanted).await?;
+            if self.drop_stale() {
+                continue;
+            }
+            let share = self.policy.replay.share;
+            let replayed = match batch_size {
+                Some(size) if share > 0.0 => {
+                    let most = fresh_wanted.min(self.picked.len());
+                    self.draw_replayed(size - most).await?
+                }
+                // Without replay a message waits until it is full.
+                Some(size) if self.picked.len() < size => return Ok(None),
+                _ => Vec::new(),
+            };
+            let fresh = if batch_size.is_some() { fresh_wanted.min(self.picked.len()) } else { self.picked.len() };
+            if fresh + replayed.len() == 0 {
+                return Ok(None);
+            }
+            if let Some(message) = self.assemble(fresh, replayed).await? {
+                return Ok(Some(message));
+            }
+            // Something in it was evicted or went stale while it was put together: look again.
+        }
+    }
+
+    /// A chunk as it was made, or the rest of the one that the position lies in.
+    async fn whole_chunk(&mut self) -> Result<Option<Message>, End> {
+        let Some(entry) = self.locate()? else { return Ok(None) };
+        let Some(mut chunk) = self.load(entry.summary.first_sequence).await? else {
+            return Box::pin(self.whole_chunk()).await;
+        };
+        let position = self.position;
+        if chunk.first_sequence() < position {
+            // Only the first message can begin inside a chunk, whose rest is then encoded anew.
+            let rest = crate::storage::blocking(move || chunk.tail_from(position)).await;
+            let rest = rest.and_then(|rest| rest.map_err(|e| e.to_string())).map_err(End::Storage)?;
+            chunk = Arc::new(rest);
+        }
+        let count = chunk.count();
+        self.position = chunk.end();
+        self.sent_to = self.position;
+        self.sent += u64::from(count);
+        Ok(Some(Message {
+            payload: chunk.payload().clone(),
+            position: self.position,
+            first_sequence: chunk.first_sequence(),
+            count,
+            fresh_count: count,
+            oldest: chunk.summary.created_at,
+            replay_ratio: 0.0,
+            stale_images: 0,
+        }))
+    }
+
+    /// The fresh images that the next message should have: its part of the batch, and what earlier parts left over.
+    fn fresh_due(&self, size: usize) -> usize {
+        let due = (1.0 - self.policy.replay.share) * size as f64 + self.credit;
+        // Rounding errors must not withhold an image for ever.
+        ((due + 1e-9) as usize).min(size)
+    }
+
+    fn locate(&self) -> Result<Option<Arc<Entry>>, End> {
+        let position = self.position;
+        match self.delivery.log.locate(position) {
+            Located::Chunk(entry) => Ok(Some(entry)),
+            Located::Wait => Ok(None),
+            Located::Overtaken { first_sequence } => Err(End::Overtaken { position, first_sequence }),
+            Located::Lost { next_sequence } => Err(End::Lost { position, next_sequence }),
+            Located::Ahead { next_sequence } => Err(End::Ahead { position, next_sequence }),
+        }
+    }
+
+    /// The chunk; None where it is gone since it was located, so that locating it again tells why.
+    async fn load(&self, first_sequence: u64) -> Result<Option<Arc<Chunk>>, End> {
+        let began = tokio::time::Instant::now();
+        let mut pause = READ_PAUSE;
+        loop {
+            match self.delivery.log.load(first_sequence).await {
+                Ok(chunk) => return Ok(Some(chunk)),
+                Err(ReadError::Gone | ReadError::Damaged) => return Ok(None),
+                Err(ReadError::Storage(problem)) if began.elapsed() + pause > READ_PATIENCE => {
+                    return Err(End::Storage(problem));
+                }
+                Err(ReadError::Storage(_)) => {
+                    tokio::time::sleep(pause).await;
+                    pause *= 2;
+                }
+            }
+        }
+    }
+
+    /// Moves on through the log until so many wanted images are found or it ends. Without a batch size: until a chunk has
+    /// any, and then all of that chunk.
+    async fn find_fresh(&mut self, wanted: usize) -> Result<(), End> {
+        while self.picked.len() < wanted {
+            let Some(entry) = self.locate()? else { return Ok(()) };
+            let first = entry.summary.first_sequence;
+            let Some(chunk) = self.load(first).await? else { continue };
+            let most = self.policy.batch_size.map_or(usize::MAX, |_| wanted - self.picked.len());
+            let (now, current) = (SystemTime::now(), self.delivery.current_version());
+            let mut taken = 0;
+            let mut next = chunk.end();
+            let rows = (0u32..).zip(chunk.labels()).zip(chunk.student_versions());
+            for ((row, label), version) in rows.skip((self.position - first) as usize) {
+                let sequence = first + u64::from(row);
+                if taken == most {
+                    next = sequence;
+                    break;
+                }
+                if !self.policy.shard.has(sequence) || !self.policy.wants(i64::from_le_bytes(*label)) {
+                    continue;
+                }
+                let student_version = i64::from_le_bytes(*version);
+                let created_at = chunk.summary.created_at;
+                if self.policy.staleness.exceeded(student_version, created_at, current, now) {
+                    self.stale += 1;
+                    continue;
+                }
+                self.picked.push(Pick { chunk: first, row, student_version, created_at });
+                taken += 1;
+            }
+            self.position = next;
+        }
+        Ok(())
+    }
+
+    fn is_stale(&self, pick: &Pick) -> bool {
+        let (now, current) = (SystemTime::now(), self.delivery.current_version());
+        self.policy.staleness.exceeded(pick.student_version, pick.created_at, current, now)
+    }
+
+    /// Lets go of images that went stale while they waited for their message; whether there were any.
+    fn drop_stale(&mut self) -> bool {
+        if !self.policy.staleness.is_bounded() {
+            return false;
+        }
+        let before = self.picked.len();
+        let picked = std::mem::take(&mut self.picked);
+        self.picked = picked.into_iter().filter(|pick| !self.is_stale(pick)).collect();
+        let dropped = before - self.picked.len();
+        self.stale += dropped as u64;
+        dropped > 0
+    }
+
+    /// Images of the log to send again; fewer than asked for only where the log has none that may be sent.
+    async fn draw_replayed(&mut self, wanted: usize) -> Result<Vec<Pick>, End> {
+        let mut drawn = Vec::with_capacity(wanted);
+        let sampling = self.policy.replay.sampling;
+        let mut vain = 0;
+        while drawn.len() < wanted && vain < VAIN_DRAWS * wanted.div_ceil(ROWS_PER_DRAW) {
+            let table = self.delivery.table(sampling, self.policy.classes.as_ref());
+            let Some(entry) = table.draw(&mut self.random).cloned() else { break };
+            let Some(chunk) = self.load(entry.summary.first_sequence).await? else {
+                vain += 1;
+                continue;
+            };
+            let policy = &self.policy;
+            // Always whole draws, cut at the end: a last draw of fewer rows would favour nobody, but need not be special.
+            let rows = draw_rows(&chunk, sampling, ROWS_PER_DRAW, |label| policy.wants(label), &mut self.random);
+            let before = drawn.len();
+            for row in rows {
+                let version = chunk.student_versions().get(row as usize).copied().unwrap_or_default();
+                let pick = Pick {
+                    chunk: chunk.first_sequence(),
+                    row,
+                    student_version: i64::from_le_bytes(version),
+                    created_at: chunk.summary.created_at,
+                };
+                if !self.is_stale(&pick) {
+                    drawn.push(pick);
+                }
+            }
+            if drawn.len() == before {
+                vain += 1;
+            }
+        }
+        drawn.truncate(wanted);
+        Ok(drawn)
+    }
+
+    /// Puts a message together out of the first `fresh` picked images and the replayed ones. None where it cannot be sent
+    /// any more.
+    async fn assemble(&mut self, fresh: usize, replayed: Vec<Pick>) -> Result<Option<Message>, End> {
+        let picks: Vec<Pick> = self.picked.iter().take(fresh).copied().chain(replayed.iter().copied()).collect();
+        let (Some(first), Some(last)) = (picks.first().copied(), picks.last().copied()) else { return Ok(None) };
+        let payload = if self.policy.is_deterministic() {
+            let (first_sequence, end) = (first.sequence(), last.sequence() + 1);
+            let key = CacheUse { first_sequence, end, form: self.form.clone() };
+            self.delivery.log.shared(key, || self.payload(&picks, fresh)).await
+        } else {
+            self.payload(&picks, fresh).await
+        };
+        match payload {
+            Ok(payload) => {
+                // Chosen in time; sent in time?
+                if self.policy.staleness.is_bounded() && picks.iter().any(|pick| self.is_stale(pick)) {
+                    self.drop_stale();
+                    return Ok(None);
+                }
+                Ok(Some(self.sent(payload, &picks, fresh)))
+            }
+            Err(ReadError::Gone | ReadError::Damaged) => {
+                self.look_again()?;
+                Ok(None)
+            }
+            Err(ReadError::Storage(problem)) => Err(End::Storage(problem)),
+        }
+    }
+
+    async fn payload(&self, picks: &[Pick], fresh: usize) -> Result<Bytes, ReadError> {
+        let log = &self.delivery.log;
+        let mut assembly =
+            Assembly::new(log.identity(), &self.delivery.pixels, self.policy.pixels, picks.len(), fresh);
+        // Chunk by chunk, so that a message holds one of them at a time however many it is drawn from.
+        let mut order: Vec<usize> = (0..picks.len()).collect();
+        order.sort_by_key(|at| picks.get(*at).map(|pick| pick.chunk));
+        let mut chunk: Option<Arc<Chunk>> = None;
+        for at in order {
+            let Some(pick) = picks.get(at) else { continue };
+            let held = match chunk.take() {
+                Some(held) if held.first_sequence() == pick.chunk => held,
+                _ => log.load(pick.chunk).await?,
+            };
+            if !assembly.copy(at, &held, pick.row as usize) {
+                return Err(ReadError::Gone);
+            }
+            chunk = Some(held);
+        }
+        Ok(assembly.finish())
+    }
+
+    /// A chunk with picked images is not there any more: that ends the subscription where they are fresh, and says why.
+    fn look_again(&mut self) -> Result<(), End> {
+        for pick in &self.picked {
+            let position = pick.sequence();
+            match self.delivery.log.locate(position) {
+                Located::Overtaken { first_sequence } => return Err(End::Overtaken { position, first_sequence }),
+                Located::Lost { next_sequence } => return Err(End::Lost { position, next_sequence }),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn sent(&mut self, payload: Bytes, picks: &[Pick], fresh: usize) -> Message {
+        if let Some(size) = self.policy.batch_size {
+            // What a scarce message leaves over is not saved up: the share of replayed images holds for every message.
+            let due = (1.0 - self.policy.replay.share) * size as f64 + self.credit;
+            self.credit = (due - fresh as f64).clamp(0.0, 1.0);
+        }
+        self.picked.drain(..fresh.min(self.picked.len()));
+        // Images already found for the next message come again after a resume.
+        self.sent_to = self.picked.first().map_or(self.position, Pick::sequence);
+        self.sent += picks.len() as u64;
+        self.replayed += picks.len().saturating_sub(fresh) as u64;
+        Message {
+            payload,
+            position: self.sent_to,
+            first_sequence: picks.first().map_or(0, Pick::sequence),
+            count: u32::try_from(picks.len()).unwrap_or(u32::MAX),
+            fresh_count: u32::try_from(fresh).unwrap_or(u32::MAX),
+            oldest: picks.iter().map(|pick| pick.created_at).min().unwrap_or(SystemTime::UNIX_EPOCH),
+            replay_ratio: self.replayed as f64 / (self.sent as f64).max(1.0),
+            stale_images: self.stale,
+        }
+    }
+}

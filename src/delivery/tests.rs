@@ -1,0 +1,321 @@
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+use std::time::{Duration, SystemTime};
+
+use half::f16;
+use proptest::prelude::*;
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+
+use super::*;
+use crate::log::Retention;
+use crate::log::tests::{batch, filled};
+use crate::model::checkpoint::Checkpoint;
+use crate::model::source::Normalization;
+
+fn run<T>(future: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap().block_on(future)
+}
+
+async fn delivery(counts: &[usize]) -> Arc<Delivery> {
+    let log = filled(counts, Retention::default()).await;
+    let normalization = Normalization { mean: vec![0.5], std: vec![0.25] };
+    Delivery::new(log, &normalization, watch::channel(None).1)
+}
+
+/// The sequences that a message's pixels spell.
+fn spelled(message: &Message) -> Vec<u64> {
+    let file = Checkpoint::parse(message.payload.clone()).unwrap();
+    let tensor = file.get("images").unwrap();
+    assert_eq!(tensor.shape, [message.count as usize, 1, 2, 4]);
+    let data = tensor.data.to_vec();
+    let spelled: Vec<u64> = data.as_chunks::<8>().0.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect();
+    if let Some(sequence) = file.get("sequence") {
+        let told: Vec<u64> = sequence.data.as_chunks::<8>().0.iter().map(|b| u64::from_le_bytes(*b)).collect();
+        assert_eq!(told, spelled);
+        let labels: Vec<u64> =
+            file.get("labels").unwrap().data.as_chunks::<8>().0.iter().map(|b| u64::from_le_bytes(*b)).collect();
+        assert_eq!(labels, spelled.iter().map(|s| s % 3).collect::<Vec<_>>());
+        let logits = file.get("teacher_logits").unwrap().data.as_chunks::<4>().0.to_vec();
+        let firsts: Vec<f32> = logits.iter().step_by(3).map(|b| f32::from_le_bytes(*b)).collect();
+        assert_eq!(firsts, spelled.iter().map(|s| *s as f32).collect::<Vec<_>>());
+    }
+    spelled
+}
+
+/// Everything that a subscription has without waiting.
+async fn drain(subscription: &mut Subscription) -> Vec<Message> {
+    let mut messages = Vec::new();
+    // Time is paused: it passes only once nothing else can happen.
+    while let Ok(next) = tokio::time::timeout(Duration::from_secs(1), subscription.next()).await {
+        messages.push(next.unwrap());
+    }
+    messages
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
+    /// Whatever the number of ranks, the batch size and the classes, every wanted image comes exactly once over all ranks
+    /// and in order in each; and a rank that resumes from any message, even under another number of ranks, goes on there.
+    #[test]
+    fn shards_see_every_image_once_and_resume_where_they_were(
+        counts in prop::collection::vec(1usize..9, 1..10),
+        ranks in 1u32..6,
+        batch_size in prop::option::of(1usize..7),
+        classes in prop::option::of(prop::collection::btree_set(0u32..3, 1..3)),
+        stop_after in 0usize..5,
+    ) {
+        run(async {
+            let delivery = delivery(&counts).await;
+            let total = counts.iter().sum::<usize>() as u64;
+            let classes = classes.map(Arc::new);
+            let wanted = |s: &u64| classes.as_ref().is_none_or(|c| c.contains(&((s % 3) as u32)));
+            let mut all = Vec::new();
+            for index in 0..ranks {
+                let shard = Shard { index, count: ranks };
+                let policy = Policy { shard, batch_size, classes: classes.clone(), ..Policy::default() };
+                let mut first = delivery.subscribe(0, policy.clone());
+                let mut seen = Vec::new();
+                for _ in 0..stop_after {
+                    match tokio::time::timeout(Duration::from_secs(1), first.next()).await {
+                        Ok(message) => seen.extend(spelled(&message.unwrap())),
+                        Err(_) => break,
+                    }
+                }
+                let mut resumed = delivery.subscribe(first.position(), policy);
+                for message in drain(&mut resumed).await {
+                    prop_assert_eq!(message.count, message.fresh_count);
+                    if let Some(size) = batch_size {
+                        prop_assert_eq!(message.count as usize, size);
+                    }
+                    seen.extend(spelled(&message));
+                }
+                let mut expected: Vec<u64> = (0..total).filter(|s| shard.has(*s) && wanted(s)).collect();
+                if let Some(size) = batch_size {
+                    // What fills no whole batch waits for more.
+                    expected.truncate(expected.len() / size * size);
+                }
+                prop_assert_eq!(&seen, &expected);
+                all.extend(seen);
+            }
+            all.sort_unstable();
+            let before = all.len();
+            all.dedup();
+            prop_assert_eq!(before, all.len());
+            Ok(())
+        })?;
+    }
+
+    /// With replay every message is full, its share is kept while fresh images wait, and fresh ones come once, in order.
+    #[test]
+    fn replay_fills_messages_and_keeps_its_share(
+        counts in prop::collection::vec(1usize..9, 1..10),
+        share in 0.05f64..1.0,
+        batch_size in 1usize..20,
+        start in 0.0f64..1.0,
+    ) {
+        run(async {
+            let delivery = delivery(&counts).await;
+            let total = counts.iter().sum::<usize>() as u64;
+            let start = (start * total as f64) as u64;
+            let policy = Policy {
+                replay: Replay { share, sampling: Sampling::Uniform },
+                batch_size: Some(batch_size),
+                ..Policy::default()
+            };
+            let mut subscription = delivery.subscribe(start, policy);
+            let (mut fresh, mut sent) = (Vec::new(), 0u64);
+            let messages = 3 * total as usize / batch_size + 60;
+            for turn in 1..=messages {
+                let message = subscription.next().await.unwrap();
+                prop_assert_eq!(message.count as usize, batch_size);
+                let spelled = spelled(&message);
+                prop_assert!(spelled.iter().all(|s| *s < total));
+                fresh.extend(spelled.iter().take(message.fresh_count as usize).copied());
+                sent += u64::from(message.count);
+                let ratio = 1.0 - fresh.len() as f64 / sent as f64;
+                prop_assert!((message.replay_ratio - ratio).abs() < 1e-9);
+                let due = (1.0 - share) * batch_size as f64 * turn as f64;
+                prop_assert!(fresh.len() as f64 <= due + 1.0 + 1e-6);
+                if start + (fresh.len() as u64) < total {
+                    prop_assert!(fresh.len() as f64 >= due - 1.0 - 1e-6, "{} of {due}", fresh.len());
+                }
+            }
+            prop_assert_eq!(fresh.clone(), (start..start + fresh.len() as u64).collect::<Vec<_>>());
+            Ok(())
+        })?;
+    }
+}
+
+/// How often each image is drawn, in draws of the real size.
+fn frequencies(sampling: Sampling, classes: Option<BTreeSet<u32>>) -> (Vec<f64>, Vec<Arc<crate::log::Entry>>) {
+    run(async {
+        let counts = [40, 3, 17, 8, 60, 1, 31];
+        let delivery = delivery(&counts).await;
+        let table = delivery.table(sampling, classes.clone().map(Arc::new).as_ref());
+        let mut random = ChaCha8Rng::seed_from_u64(1);
+        let mut seen = BTreeMap::<u64, u64>::new();
+        let draws = 60_000;
+        for _ in 0..draws {
+            let first = table.draw(&mut random).unwrap().summary.first_sequence;
+            let chunk = delivery.log().load(first).await.unwrap();
+            let wanted = |label: i64| classes.as_ref().is_none_or(|c| c.contains(&(label as u32)));
+            for row in draw_rows(&chunk, sampling, ROWS_PER_DRAW, wanted, &mut random) {
+                *seen.entry(first + u64::from(row)).or_default() += 1;
+            }
+        }
+        let total = counts.iter().sum::<usize>() as u64;
+        let drawn: u64 = seen.values().sum();
+        assert_eq!(drawn, draws * ROWS_PER_DRAW as u64);
+        let frequency = |s| seen.get(&s).copied().unwrap_or(0) as f64 / drawn as f64;
+        ((0..total).map(frequency).collect(), delivery.log().entries().0)
+    })
+}
+
+fn assert_proportional(frequencies: &[f64], weights: &[f64]) {
+    let sum: f64 = weights.iter().sum();
+    for (sequence, (found, weight)) in frequencies.iter().zip(weights).enumerate() {
+        let expected = weight / sum;
+        // 60,000 draws of eight; rows of one draw hang together, so five times the deviation of independent draws of one.
+        let bound = 5.0 * (expected / 60_000.0).sqrt() + 1e-9;
+        assert!((found - expected).abs() < bound, "image {sequence}: {found} of {expected} (within {bound})");
+    }
+}
+
+#[test]
+fn uniform_sampling_takes_every_image_alike() {
+    let (found, _) = frequencies(Sampling::Uniform, None);
+    assert_proportional(&found, &vec![1.0; found.len()]);
+    let (found, _) = frequencies(Sampling::Uniform, Some(BTreeSet::from([1])));
+    let weights: Vec<f64> = (0..found.len()).map(|s| if s % 3 == 1 { 1.0 } else { 0.0 }).collect();
+    assert_proportional(&found, &weights);
+}
+
+#[test]
+fn competition_sampling_is_proportional_to_the_divergence_at_birth() {
+    let weight = |s: usize| s as f64 / 100.0 + COMPETITION_FLOOR;
+    let (found, _) = frequencies(Sampling::Competition, None);
+    assert_proportional(&found, &(0..found.len()).map(weight).collect::<Vec<_>>());
+    let (found, _) = frequencies(Sampling::Competition, Some(BTreeSet::from([0, 2])));
+    let weights: Vec<f64> = (0..found.len()).map(|s| if s % 3 == 1 { 0.0 } else { weight(s) }).collect();
+    assert_proportional(&found, &weights);
+}
+
+#[test]
+fn recency_sampling_halves_with_every_quarter_of_the_log() {
+    let (found, entries) = frequencies(Sampling::Recency, None);
+    let total = found.len() as f64;
+    let mut weights = Vec::new();
+    for entry in entries {
+        let middle = (entry.summary.first_sequence + entry.summary.end()) as f64 / 2.0;
+        weights.extend(vec![0.5f64.powf((total - middle) / (total / 4.0)); entry.summary.count as usize]);
+    }
+    assert_proportional(&found, &weights);
+}
+
+#[test]
+fn without_replay_a_message_waits_until_it_is_full() {
+    run(async {
+        let delivery = delivery(&[3]).await;
+        let policy = Policy { batch_size: Some(5), ..Policy::default() };
+        let mut subscription = delivery.subscribe(0, policy);
+        assert!(drain(&mut subscription).await.is_empty());
+        // A half-full message must not look like a reader that has enough.
+        assert_eq!(delivery.audience().lag(3), Lag { readers: 1, min: 0, max: 0 });
+        let log = delivery.log().clone();
+        log.append(&Arc::new(batch(3, 4))).await.unwrap();
+        let message = subscription.next().await.unwrap();
+        assert_eq!((spelled(&message), message.position), (vec![0, 1, 2, 3, 4], 5));
+        drop(subscription);
+        assert_eq!(delivery.audience().lag(7).readers, 0);
+    });
+}
+
+#[test]
+fn a_log_without_images_makes_even_replay_wait() {
+    run(async {
+        let delivery = delivery(&[]).await;
+        let replay = Replay { share: 1.0, sampling: Sampling::Competition };
+        let policy = Policy { replay, batch_size: Some(4), ..Policy::default() };
+        let mut subscription = delivery.subscribe(0, policy);
+        assert!(drain(&mut subscription).await.is_empty());
+        delivery.log().append(&Arc::new(batch(0, 2))).await.unwrap();
+        let message = subscription.next().await.unwrap();
+        assert_eq!((message.count, message.fresh_count, message.replay_ratio), (4, 0, 1.0));
+    });
+}
+
+#[test]
+fn stale_images_are_passed_over_and_counted() {
+    run(async {
+        let delivery = delivery(&[4, 4]).await;
+        // The images of these logs are years old.
+        let staleness = Staleness { max_age: Some(Duration::from_secs(60)), ..Staleness::default() };
+        let policy = Policy { staleness, ..Policy::default() };
+        let mut subscription = delivery.subscribe(0, policy.clone());
+        assert!(drain(&mut subscription).await.is_empty());
+        let mut young = batch(8, 4);
+        young.created_at = SystemTime::now();
+        delivery.log().append(&Arc::new(young)).await.unwrap();
+        let message = subscription.next().await.unwrap();
+        assert_eq!((spelled(&message), message.stale_images), (vec![8, 9, 10, 11], 8));
+        // Replay keeps to the bound too.
+        let replay = Replay { share: 1.0, sampling: Sampling::Uniform };
+        let mut subscription = delivery.subscribe(0, Policy { replay, batch_size: Some(32), ..policy });
+        for _ in 0..10 {
+            assert!(spelled(&subscription.next().await.unwrap()).iter().all(|s| *s >= 8));
+        }
+    });
+}
+
+#[test]
+fn images_without_a_student_never_go_stale_by_version() {
+    let bound = Staleness { max_student_versions: Some(2), max_age: None };
+    let now = SystemTime::now();
+    assert!(!bound.exceeded(0, now, 1000, now));
+    assert!(!bound.exceeded(5, now, 7, now));
+    assert!(bound.exceeded(5, now, 8, now));
+    assert!(!bound.exceeded(5, now, 3, now));
+}
+
+#[test]
+fn normalized_pixels_are_what_the_teacher_sees() {
+    run(async {
+        let delivery = delivery(&[3]).await;
+        let bytes: Vec<u8> = (0u64..3).flat_map(u64::to_le_bytes).collect();
+        let expected: Vec<f32> = bytes.iter().map(|p| (f32::from(*p) / 255.0 - 0.5) / 0.25).collect();
+        for pixels in [PixelFormat::F32Normalized, PixelFormat::F16Normalized] {
+            let mut subscription = delivery.subscribe(0, Policy { pixels, ..Policy::default() });
+            let file = Checkpoint::parse(subscription.next().await.unwrap().payload).unwrap();
+            assert_eq!(file.metadata()["pixels"], pixels.name());
+            let data = file.get("images").unwrap().data.to_vec();
+            let found: Vec<f32> = match pixels {
+                PixelFormat::F16Normalized => {
+                    data.as_chunks::<2>().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect()
+                }
+                _ => data.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+            };
+            for (found, expected) in found.iter().zip(&expected) {
+                assert!((found - expected).abs() < 2e-3, "{found} {expected}");
+            }
+        }
+    });
+}
+
+#[test]
+fn readers_of_one_policy_share_their_bytes() {
+    run(async {
+        let delivery = delivery(&[4, 4]).await;
+        let mut payloads = Vec::new();
+        for policy in [Policy::default(), Policy { batch_size: Some(3), ..Policy::default() }] {
+            for _ in 0..2 {
+                let mut subscription = delivery.subscribe(0, policy.clone());
+                payloads.push(subscription.next().await.unwrap().payload.as_ptr());
+            }
+        }
+        assert_eq!(payloads[0], payloads[1]);
+        assert_eq!(payloads[2], payloads[3]);
+    });
+}

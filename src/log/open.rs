@@ -1,0 +1,286 @@
+//! Opening a log: what it is, and the index of what lies in its storage. Also the names of its objects.
+
+use std::sync::{Arc, RwLock};
+
+use bytes::Bytes;
+use futures_util::stream::{self, StreamExt};
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+use uuid::Uuid;
+
+use super::cache::Cache;
+use super::chunk::{Head, Summary};
+use super::index::Index;
+use super::{ChunkError, Entry, Log, LogIdentity, LogOptions};
+use crate::model::source::Geometry;
+use crate::storage::{Created, Found, Storage, StorageError};
+
+/// What the log is; written once.
+const IDENTITY: &str = "log/log.json";
+/// Where chunks lie.
+pub(super) const CHUNKS: &str = "log/chunks/";
+/// Where damaged chunks lie.
+const QUARANTINE: &str = "log/quarantine/";
+/// The `format` in the log's identity.
+const FORMAT: &str = "dreamfeed.log.v1";
+/// So much is read of each chunk at first: enough for some two thousand images.
+const HEAD_BYTES: u64 = 48 << 10;
+/// Heads read at one time.
+const READERS: usize = 32;
+
+/// Why a log cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The storage failed.
+    #[error("the log cannot be opened: {0}")]
+    Storage(#[from] StorageError),
+    /// Something lies there that is no log of ours.
+    #[error("the log in {location} cannot be opened: {problem}")]
+    Refused {
+        /// Where.
+        location: String,
+        /// What, and what would be right.
+        problem: String,
+    },
+}
+
+/// Why the beginning of a chunk cannot be read.
+#[derive(Debug)]
+pub(super) enum HeadError {
+    Storage(StorageError),
+    Chunk(ChunkError),
+}
+
+/// `log/log.json`.
+#[derive(Debug, Serialize, Deserialize)]
+struct Identity {
+    format: String,
+    log_id: Uuid,
+    teacher_sha256: String,
+    /// C, H, W of every image.
+    geometry: [usize; 3],
+    num_classes: usize,
+}
+
+/// The name of the chunk that begins with this sequence. The order of names is the order of sequences.
+pub(super) fn chunk_name(first_sequence: u64) -> String {
+    format!("{CHUNKS}{first_sequence:020}.safetensors")
+}
+
+pub(super) fn quarantine_name(first_sequence: u64, count: u64) -> String {
+    format!("{QUARANTINE}{first_sequence:020}-{count}.safetensors")
+}
+
+/// The sequence in a chunk's name.
+pub(super) fn first_sequence(name: &str) -> Option<u64> {
+    let digits = name.strip_prefix(CHUNKS)?.strip_suffix(".safetensors")?;
+    (digits.len() == 20).then(|| digits.parse().ok()).flatten()
+}
+
+fn quarantined(name: &str) -> Option<(u64, u64)> {
+    let (first, count) = name.strip_prefix(QUARANTINE)?.strip_suffix(".safetensors")?.split_once('-')?;
+    let first: u64 = first.parse().ok()?;
+    Some((first, first.checked_add(count.parse().ok()?)?))
+}
+
+/// No more images than this are in an object of its size, whatever its header says.
+pub(super) fn most_images(found: &Found, geometry: Geometry, num_classes: usize) -> u64 {
+    let image = geometry.pixels() + 4 * num_classes + 20;
+    (found.bytes / (image as u64).max(1)).max(1)
+}
+
+/// Reads the beginning of a chunk; None where it is gone.
+pub(super) async fn read_head(storage: &Storage, found: &Found) -> Result<Option<Entry>, HeadError> {
+    let mut wanted = HEAD_BYTES;
+    // Twice at most: the first piece tells how long the header is, the second how long its tensors are.
+    for _ in 0..3 {
+        let range = 0..wanted.min(found.bytes);
+        let Some(head) = storage.get_range(&found.name, range).await.map_err(HeadError::Storage)? else {
+            return Ok(None);
+        };
+        match Summary::from_head(&head, found.bytes).map_err(HeadError::Chunk)? {
+            Head::Summary(summary) if Some(summary.first_sequence) == first_sequence(&found.name) => {
+                return Ok(Some(Entry { summary, bytes: found.bytes }));
+            }
+            Head::Summary(summary) => {
+                let problem = format!("it says that its first sequence is {}", summary.first_sequence);
+                return Err(HeadError::Chunk(ChunkError::Damaged(problem)));
+            }
+            Head::Longer(more) => wanted = more,
+        }
+    }
+    Err(HeadError::Chunk(ChunkError::Damaged("its header goes on and on".into())))
+}
+
+/// What is known of a log without its teacher.
+pub(super) struct Contents {
+    pub log_id: Uuid,
+    pub teacher_sha256: String,
+    pub geometry: [usize; 3],
+    pub num_classes: usize,
+    pub entries: Vec<Entry>,
+    pub damaged: Vec<(Found, ChunkError)>,
+    pub lost: Vec<(u64, u64)>,
+    pub strange: Vec<String>,
+}
+
+/// Reads what the log in a storage is and holds; None where there is none. Changes nothing.
+pub(super) async fn read(storage: &Storage) -> Result<Option<Contents>, OpenError> {
+    let refused = |problem| OpenError::Refused { location: storage.location().to_owned(), problem };
+    let Some(identity) = storage.get(IDENTITY).await? else {
+        return Ok(None);
+    };
+    let identity: Identity = serde_json::from_slice(&identity).map_err(|e| refused(format!("{IDENTITY}: {e}")))?;
+    if identity.format != FORMAT {
+        return Err(refused(format!(
+            "its format is {:?}, and this version of dreamfeed reads {FORMAT}; use the version that wrote it",
+            identity.format
+        )));
+    }
+    let mut contents = Contents {
+        log_id: identity.log_id,
+        teacher_sha256: identity.teacher_sha256,
+        geometry: identity.geometry,
+        num_classes: identity.num_classes,
+        entries: Vec::new(),
+        damaged: Vec::new(),
+        lost: Vec::new(),
+        strange: Vec::new(),
+    };
+    for found in storage.list(QUARANTINE, None).await? {
+        match quarantined(&found.name) {
+            Some(range) => contents.lost.push(range),
+            None => contents.strange.push(found.name),
+        }
+    }
+    let mut chunks = Vec::new();
+    for found in storage.list(CHUNKS, None).await? {
+        match first_sequence(&found.name) {
+            Some(_) => chunks.push(found),
+            None => contents.strange.push(found.name),
+        }
+    }
+    let heads = stream::iter(chunks)
+        .map(|found| async move { (read_head(storage, &found).await, found) })
+        .buffered(READERS)
+        .collect::<Vec<_>>()
+        .await;
+    for (head, found) in heads {
+        match head {
+            Ok(Some(entry)) => contents.entries.push(entry),
+            Ok(None) => {}
+            Err(HeadError::Storage(error)) => return Err(error.into()),
+            Err(HeadError::Chunk(error @ ChunkError::UnknownFormat { .. })) => {
+                return Err(refused(format!("{}: {error}", found.name)));
+            }
+            Err(HeadError::Chunk(error)) => contents.damaged.push((found, error)),
+        }
+    }
+    Ok(Some(contents))
+}
+
+/// What a daemon brings to its log.
+#[derive(Clone, Debug)]
+pub struct Maker {
+    /// `NetworkSource::identity` of the teacher.
+    pub teacher_sha256: String,
+    /// The size of its images.
+    pub geometry: Geometry,
+    /// K.
+    pub num_classes: usize,
+    /// The synthesizer's settings, JSON.
+    pub settings_json: String,
+}
+
+impl Log {
+    /// Opens the log in a storage, or begins one. Reads the first kilobytes of every chunk.
+    pub async fn open(storage: Storage, options: LogOptions, maker: Maker) -> Result<Arc<Self>, OpenError> {
+        let Maker { teacher_sha256, geometry, num_classes, settings_json } = maker;
+        let shape = [geometry.channels, geometry.height, geometry.width];
+        let began = std::time::Instant::now();
+        let contents = match read(&storage).await? {
+            Some(contents) => contents,
+            None => {
+                let identity = Identity {
+                    format: FORMAT.into(),
+                    log_id: Uuid::now_v7(),
+                    teacher_sha256: teacher_sha256.clone(),
+                    geometry: shape,
+                    num_classes,
+                };
+                let json = serde_json::to_vec(&identity).unwrap_or_default();
+                // Another replica may begin it at the same time: who wins decides its id, for both.
+                let _: Created = storage.create(IDENTITY, Bytes::from(json)).await?;
+                read(&storage).await?.ok_or_else(|| OpenError::Refused {
+                    location: storage.location().to_owned(),
+                    problem: format!("{IDENTITY} was written and is not there"),
+                })?
+            }
+        };
+        if contents.teacher_sha256 != teacher_sha256 {
+            let short = |sha256: &str| sha256.chars().take(12).collect::<String>();
+            return Err(OpenError::Refused {
+                location: storage.location().to_owned(),
+                problem: format!(
+                    "it was dreamed from the teacher {}, not from {}; give that teacher, or another --store",
+                    short(&contents.teacher_sha256),
+                    short(&teacher_sha256)
+                ),
+            });
+        }
+        if (contents.geometry, contents.num_classes) != (shape, num_classes) {
+            return Err(OpenError::Refused {
+                location: storage.location().to_owned(),
+                problem: format!(
+                    "it holds images of {:?} with {} logits each, not of {shape:?} with {num_classes}; give the same \
+                     --image-size again, or another --store",
+                    contents.geometry, contents.num_classes
+                ),
+            });
+        }
+        for name in &contents.strange {
+            tracing::warn!(name, "an object in the log is none of its own; it is left alone");
+        }
+        let mut lost = contents.lost;
+        let mut damaged = Vec::new();
+        for (found, error) in contents.damaged {
+            let Some(first) = first_sequence(&found.name) else { continue };
+            let next = contents.entries.iter().map(|entry| entry.summary.first_sequence).find(|next| *next > first);
+            let most = first.saturating_add(most_images(&found, geometry, num_classes));
+            let end = next.unwrap_or(most).min(most);
+            lost.push((first, end));
+            damaged.push((first, end - first, error));
+        }
+        let index = Index::new(contents.entries, lost);
+        let extent = index.extent();
+        let log = Arc::new(Self {
+            identity: LogIdentity {
+                log_id: contents.log_id,
+                replica: Uuid::new_v4().to_string(),
+                teacher_sha256,
+                geometry,
+                num_classes,
+                settings_json,
+            },
+            storage,
+            options,
+            writer: tokio::sync::Mutex::default(),
+            index: RwLock::new(index),
+            next: watch::Sender::new(extent.next_sequence),
+            cache: Cache::new(options.cache_bytes),
+        });
+        for (first, count, error) in damaged {
+            log.quarantine(first, count, &error.to_string()).await;
+        }
+        log.storage.sweep().await;
+        tracing::info!(
+            location = log.storage.location(),
+            log_id = %log.identity.log_id,
+            chunks = extent.chunks,
+            next_sequence = extent.next_sequence,
+            seconds = began.elapsed().as_secs_f64(),
+            "the log is open"
+        );
+        Ok(log)
+    }
+}
