@@ -128,7 +128,7 @@ impl Subscription {
     }
 
     /// The position from which a new subscription would go on.
-    pub fn position(&self) -> u64 {
+    pub fn resume_from(&self) -> u64 {
         self.sent_to
     }
 

@@ -84,7 +84,7 @@ proptest! {
                         Err(_) => break,
                     }
                 }
-                let mut resumed = delivery.subscribe(first.position(), policy);
+                let mut resumed = delivery.subscribe(first.resume_from(), policy);
                 for message in drain(&mut resumed).await {
                     prop_assert_eq!(message.count, message.fresh_count);
                     if let Some(size) = batch_size {

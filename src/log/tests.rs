@@ -121,7 +121,7 @@ fn a_log_outlives_its_process_and_belongs_to_one_teacher() {
         let log = open_in(&storage, Retention::default()).await;
         assert_eq!((log.identity().log_id, log.extent()), (id, extent));
         assert_eq!(log.position(&cursor), Ok(7));
-        assert_eq!(images(&*log.load(4).await.unwrap()), [4, 5, 6]);
+        assert_eq!(images(&log.load(4).await.unwrap()), [4, 5, 6]);
         fill(&log, &[2]).await;
         assert_eq!(log.extent().next_sequence, 14);
 
@@ -160,7 +160,7 @@ fn two_daemons_on_one_storage_share_one_sequence() {
             log.refresh().await.unwrap();
             assert_eq!(log.extent().next_sequence, 120);
             for (first, made) in &all {
-                assert_eq!(images(&*log.load(*first).await.unwrap()), [*made, made + 1, made + 2]);
+                assert_eq!(images(&log.load(*first).await.unwrap()), [*made, made + 1, made + 2]);
             }
         }
     });
@@ -213,7 +213,7 @@ fn damage_is_quarantined_and_a_reader_is_told() {
             // The count of the spoiled newest is unknown: no sequence of it may be given again.
             assert!(log.extent().next_sequence >= 12, "{:?}", log.extent());
             assert_eq!(log.extent().first_sequence, 0);
-            assert_eq!(images(&*log.load(0).await.unwrap()), [0, 1, 2, 3]);
+            assert_eq!(images(&log.load(0).await.unwrap()), [0, 1, 2, 3]);
         }
         let names: Vec<String> =
             storage.list("log/quarantine/", None).await.unwrap().into_iter().map(|f| f.name).collect();
