@@ -89,12 +89,14 @@ lint: $(VENV)/.stamp ## Check formats and lints: rustfmt, clippy, ruff, buf
 	@$(VENV)/bin/buf lint
 
 .PHONY: bench
-bench: build ## The time of a synthesis step beside plain PyTorch
+bench: build ## A synthesis step beside plain PyTorch, RPCs beside a busy engine, delivery beside bare tonic
 	@$(say) "bench: one optimizer step, Dreamfeed and plain PyTorch in turn"
 	@$(PYTHON) benches/step.py
 
 	@$(say) "bench: a unary RPC while the engine saturates the machine"
 	@$(PYTHON) benches/latency.py
+	@$(say) "bench: the log to 1, 10, 100 and 1000 subscribers, beside a bare tonic stream (two minutes)"
+	@$(PYTHON) benches/delivery.py
 
 # What the figures in BENCHMARKS.md were measured on; any teacher and labelled file in CIFAR format do.
 MODELS ?= ../shared/models

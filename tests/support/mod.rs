@@ -104,7 +104,20 @@ impl Daemon {
 
     /// Starts one and waits until its ports are bound.
     pub fn launch(arguments: &[&str]) -> Self {
-        let folder = tempfile::tempdir().unwrap();
+        Self::launch_in(tempfile::tempdir().unwrap(), arguments)
+    }
+
+    /// Drains this one, and starts another on the same folder.
+    pub fn restart(&mut self, arguments: &[&str]) {
+        self.signal("TERM");
+        assert!(self.wait_exit().success());
+        let folder = std::mem::replace(&mut self.folder, tempfile::tempdir().unwrap());
+        *self = Self::launch_in(folder, arguments);
+        self.wait_ready();
+    }
+
+    /// Starts one in this folder, where an earlier one may have been.
+    pub fn launch_in(folder: TempDir, arguments: &[&str]) -> Self {
         let ready_file = folder.path().join("ready.json");
         let log = std::fs::File::create(folder.path().join("daemon.log")).unwrap();
         let mut command = serve_command(folder.path(), arguments);

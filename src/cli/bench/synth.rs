@@ -1,50 +1,18 @@
-//! `dreamfeed bench`: what one optimizer step costs.
+//! `dreamfeed bench synth`: what one optimizer step costs.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use tch::{Kind, Tensor};
 
-use crate::client::Client;
 use crate::device::DeviceArgs;
 use crate::model::network::FrozenNetwork;
 use crate::model::source::{NetworkSource, SourceOptions};
 use crate::synthesis::settings::SynthesisOptions;
 use crate::synthesis::{Flow, StepReport, Surroundings, SynthesisError, Synthesizer, Teacher};
 
-/// Measures the daemon's own code.
 #[derive(Debug, clap::Args)]
-pub struct Args {
-    #[command(subcommand)]
-    what: What,
-}
-
-#[derive(Debug, clap::Subcommand)]
-enum What {
-    /// The time of one optimizer step, all terms.
-    Synth(Box<SynthArgs>),
-    /// The time that a daemon takes to answer a unary RPC, while it does whatever it does.
-    Rpc(RpcArgs),
-}
-
-#[derive(Debug, clap::Args)]
-struct RpcArgs {
-    /// The daemon's address.
-    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:7461")]
-    connect: String,
-    /// Calls of Describe to make.
-    #[arg(long, default_value_t = 500)]
-    calls: usize,
-    /// The pause between two calls.
-    #[arg(long, default_value = "20ms", value_parser = humantime::parse_duration)]
-    pause: Duration,
-    /// Print one JSON object.
-    #[arg(long)]
-    json: bool,
-}
-
-#[derive(Debug, clap::Args)]
-struct SynthArgs {
+pub(super) struct Args {
     /// The teacher, a safetensors file.
     #[arg(long, value_name = "FILE")]
     teacher: PathBuf,
@@ -97,45 +65,8 @@ impl Surroundings for Timing {
     }
 }
 
-/// Runs the subcommand.
-pub fn run(args: Args) -> anyhow::Result<()> {
-    match args.what {
-        What::Synth(args) => synth(*args),
-        What::Rpc(args) => rpc(&args),
-    }
-}
-
-fn rpc(args: &RpcArgs) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let mut seconds = runtime.block_on(async {
-        let client = Client::connect(&args.connect).await?;
-        let mut seconds = Vec::with_capacity(args.calls);
-        for _ in 0..args.calls {
-            let began = Instant::now();
-            client.describe().await?;
-            seconds.push(began.elapsed().as_secs_f64());
-            tokio::time::sleep(args.pause).await;
-        }
-        Ok::<_, crate::client::ClientError>(seconds)
-    })?;
-    seconds.sort_by(f64::total_cmp);
-    let quantile = |part: f64| {
-        let index = (part * seconds.len() as f64).ceil() as usize;
-        seconds.get(index.saturating_sub(1)).map_or(f64::NAN, |seconds| seconds * 1e3)
-    };
-    let (p50, p99, longest) = (quantile(0.5), quantile(0.99), quantile(1.0));
-    if args.json {
-        let report = serde_json::json!({
-            "calls": args.calls, "p50_milliseconds": p50, "p99_milliseconds": p99, "max_milliseconds": longest,
-        });
-        println!("{report}");
-    } else {
-        println!("Describe, {} calls: p50 {p50:.2} ms, p99 {p99:.2} ms, longest {longest:.2} ms", args.calls);
-    }
-    Ok(())
-}
-
-fn synth(args: SynthArgs) -> anyhow::Result<()> {
+/// Measures steps of one synthesis run.
+pub(super) fn run(args: Args) -> anyhow::Result<()> {
     let device = args.device.prepare()?;
     let source = NetworkSource::open(&args.teacher, &args.source)?;
     let options = SynthesisOptions {
