@@ -32,20 +32,20 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// The address is no URL.
-    #[error("{url:?} is not the address of a daemon: {source}; give for example http://127.0.0.1:7461")]
+    #[error("{url:?} is not the address of a daemon: {cause}; give for example http://127.0.0.1:7461")]
     Address {
         /// What was given.
         url: String,
         /// What is wrong with it.
-        source: tonic::transport::Error,
+        cause: tonic::transport::Error,
     },
     /// No connection.
-    #[error("cannot connect to the daemon at {url}: {}", root_cause(.source))]
+    #[error("cannot connect to the daemon at {url}: {}", root_cause(.cause))]
     Connect {
         /// The address.
         url: String,
-        /// Why.
-        source: tonic::transport::Error,
+        /// Why. Told in the message, so not a source of its own: whoever prints the chain would print it twice.
+        cause: tonic::transport::Error,
     },
     /// The daemon answered with an error, or the connection broke.
     #[error("{method}: {} ({:?})", .status.message(), .status.code())]
@@ -284,7 +284,7 @@ impl Client {
     /// Connects to a daemon, for example `http://127.0.0.1:7461`. The scheme may be left out.
     pub async fn connect(url: &str) -> Result<Self, ClientError> {
         let full = if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
-        let address = |source| ClientError::Address { url: url.to_owned(), source };
+        let address = |cause| ClientError::Address { url: url.to_owned(), cause };
         let channel = Endpoint::from_shared(full)
             .map_err(address)?
             .connect_timeout(CONNECT_TIMEOUT)
@@ -296,7 +296,7 @@ impl Client {
             .keep_alive_while_idle(true)
             .connect()
             .await
-            .map_err(|source| ClientError::Connect { url: url.to_owned(), source })?;
+            .map_err(|cause| ClientError::Connect { url: url.to_owned(), cause })?;
         // A batch may be far larger than gRPC's default of 4 MiB; the daemon says how large in Describe.
         let service = DreamfeedServiceClient::new(channel).max_decoding_message_size(usize::MAX);
         Ok(Self { service })

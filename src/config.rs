@@ -25,6 +25,9 @@ use crate::students::StudentLimits;
 use crate::synthesis::settings::SynthesisOptions;
 use crate::telemetry::LogFormat;
 
+/// One chunk goes out as one message, and is held in memory whole.
+const MAX_CHUNK_BYTES: usize = 1 << 30;
+
 /// Variables with our prefix that other programs of the project read.
 const OTHER_VARIABLES: [&str; 3] = ["DREAMFEED_CONFIG", "DREAMFEED_BIN", "DREAMFEED_URL"];
 
@@ -277,13 +280,14 @@ pub struct Config {
 }
 
 impl Config {
-    /// Merges the three sources, reads the teacher, and checks everything; otherwise every problem at once.
+    /// Merges the three sources, reads the teacher, and checks everything; otherwise every problem at once, after those
+    /// that the flags' parser already found.
     pub fn load(
         flags: &ServeOptions,
+        mut problems: Vec<String>,
         file: Option<&std::path::Path>,
         environment: impl IntoIterator<Item = (std::ffi::OsString, std::ffi::OsString)>,
     ) -> Result<Self, Problems> {
-        let mut problems = Vec::new();
         let options = layers::merge(flags, file, environment, &mut problems);
         let config = Self::resolve(&options, &mut problems);
         match config {
@@ -374,6 +378,14 @@ impl Config {
         }
         let teacher = teacher.map_err(|problem| problems.push(problem)).ok()?;
         let settings = settings.ok()?;
+        let chunk = settings.batch_size.saturating_mul(teacher.geometry.pixels() + 4 * classes + 20);
+        if chunk > MAX_CHUNK_BYTES {
+            problems.push(format!(
+                "synthesis.batch_size is {}, which makes chunks of {chunk} bytes of such images; give at most {}",
+                settings.batch_size,
+                settings.batch_size / chunk.div_ceil(MAX_CHUNK_BYTES)
+            ));
+        }
         let identity: String = teacher.identity.chars().take(12).collect();
 
         Some(Self {

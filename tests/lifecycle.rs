@@ -206,11 +206,22 @@ fn configuration_errors_come_all_together() {
     std::fs::write(&path, "max_stream = 3\n[synthesis]\niterations = \"many\"\n").unwrap();
     let path = path.to_str().unwrap();
     let (output, errors) = run_to_end(
-        &["--config", path, "--listen", "0.0.0.0:0", "--targets", "3,11", "--learning-rate=-1"],
+        &[
+            "--config",
+            path,
+            "--listen",
+            "0.0.0.0:0",
+            "--targets",
+            "3,11",
+            "--learning-rate=-1",
+            "--seed",
+            "x",
+            "--demand=often",
+        ],
         &[("DREAMFEED_QUEUE_CHUNKS", "0"), ("DREAMFEED_NO_SUCH_THING", "1")],
     );
     assert_eq!(output.status.code(), Some(1));
-    assert!(errors.starts_with("error: the configuration has 7 problems:"), "{errors}");
+    assert!(errors.starts_with("error: the configuration has 9 problems:"), "{errors}");
     for part in [
         "dreamfeed.toml: max_stream: unknown key",
         "dreamfeed.toml: synthesis.iterations: ",
@@ -219,6 +230,8 @@ fn configuration_errors_come_all_together() {
         "queue_chunks is 0",
         "class 11",
         "learning_rate is -1",
+        "--seed \"x\": ",
+        "--demand \"often\": give one of always, subscribers",
     ] {
         assert!(errors.contains(part), "{part}: {errors}");
     }

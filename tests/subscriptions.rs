@@ -168,7 +168,7 @@ async fn images_staler_than_the_bound_are_passed_over() {
     client.push_student(ARCH, student(2), 1, None).await.unwrap();
     let mut stream = open(&client, earliest()).await;
     let mut first = next(&mut stream).await;
-    while first.student_version().unwrap().iter().any(|version| *version == 0) {
+    while first.student_version().unwrap().contains(&0) {
         first = next(&mut stream).await;
     }
     let seen_first = first.sequences().unwrap()[0];

@@ -1,5 +1,6 @@
 //! The command line: one file a subcommand, each with `Args` and `run`.
 
+mod arguments;
 pub mod bench;
 pub mod distill;
 pub mod dream;
@@ -7,6 +8,8 @@ pub mod evaluate;
 pub mod serve;
 
 use clap::{Parser, Subcommand};
+
+use crate::config::Problems;
 
 /// Dreams training data out of a pretrained network, and streams it to those who train another.
 #[derive(Debug, Parser)]
@@ -28,8 +31,13 @@ enum Command {
 /// Parses the process's arguments and does what they say. Usage errors end the process with code 2.
 pub fn run() -> anyhow::Result<()> {
     crate::native::keep_freed_memory();
-    match Cli::parse().command {
-        Command::Serve(args) => serve::run(*args),
+    let (cli, problems) = arguments::parse::<Cli>(std::env::args_os().collect()).unwrap_or_else(|error| error.exit());
+    match cli.command {
+        Command::Serve(args) => serve::run(*args, problems),
+        _ if !problems.is_empty() => {
+            eprintln!("error: {}", Problems(problems));
+            std::process::exit(2);
+        }
         Command::Distill(args) => distill::run(*args),
         Command::Evaluate(args) => evaluate::run(*args),
         Command::Dream(args) => dream::run(*args),

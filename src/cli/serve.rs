@@ -28,9 +28,9 @@ pub struct Args {
     pub options: ServeOptions,
 }
 
-/// Serves until SIGTERM or SIGINT.
-pub fn run(args: Args) -> anyhow::Result<()> {
-    let config = Config::load(&args.options, args.config.as_deref(), std::env::vars_os())?;
+/// Serves until SIGTERM or SIGINT. `problems`: what is wrong with the flags, to be told with all that is wrong elsewhere.
+pub fn run(args: Args, problems: Vec<String>) -> anyhow::Result<()> {
+    let config = Config::load(&args.options, problems, args.config.as_deref(), std::env::vars_os())?;
     telemetry::install_logs(config.log_format, EnvFilter::try_new(&config.log_filter)?);
     let listeners = server::bind(&config)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("dreamfeed-io").build()?;

@@ -150,7 +150,10 @@ fn family(arch: &str) -> Result<Family, SpecError> {
         Some(base) => (base, true),
         None => (arch, false),
     };
-    let depth: usize = base.strip_prefix("resnet").and_then(|d| d.parse().ok()).ok_or_else(unknown)?;
+    // Only as people write it: parse alone would take "+8" and "008" too, and one network would have several names.
+    let written = |d: &&str| !d.starts_with(['0', '+']);
+    let depth = base.strip_prefix("resnet").filter(written).and_then(|d| d.parse::<usize>().ok());
+    let depth = depth.ok_or_else(unknown)?;
     let wide =
         |blocks: [usize; 4]| Family { blocks: blocks.to_vec(), widths: vec![64, 128, 256, 512], projection: true };
     match depth {

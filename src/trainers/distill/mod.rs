@@ -1,6 +1,8 @@
 //! Distillation: a student learns the teacher's logits on streamed dreams, and pushes its weights back.
 
-use std::path::{Path, PathBuf};
+mod options;
+
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -8,14 +10,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
-use serde::Serialize;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
-use super::augment::Augmentation;
-use super::feed::{Feed, Snapshot};
-use super::progress::{Progress, State};
-use super::replay::ReplayBuffer;
-use super::sgd::Sgd;
 use crate::grid;
 use crate::model::checkpoint::Checkpoint;
 use crate::model::labelled::LabelledImages;
@@ -23,6 +19,12 @@ use crate::model::pixels::Pixels;
 use crate::model::source::{Geometry, Normalization};
 use crate::model::spec::NetworkSpec;
 use crate::model::trainable::{Metadata, TrainableNetwork};
+use crate::trainers::feed::{Feed, Snapshot};
+use crate::trainers::progress::{Progress, State};
+use crate::trainers::replay::ReplayBuffer;
+use crate::trainers::sgd::Sgd;
+
+pub use options::{Budget, Measurement, Options, Summary};
 
 /// The share of a training over which the learning rate rises to its peak.
 const WARMUP: f64 = 0.02;
@@ -32,106 +34,6 @@ const REPORT_EVERY: u64 = 10;
 const WAIT: Duration = Duration::from_millis(200);
 /// Images in the PNG grid.
 const GRID_IMAGES: usize = 60;
-
-/// How long to train.
-#[derive(Clone, Copy, Debug)]
-pub enum Budget {
-    /// This many steps.
-    Steps(u64),
-    /// This long, by the clock. A resumed training goes on for what is left.
-    Time(Duration),
-}
-
-/// Everything a distillation needs to know.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// The daemon's address.
-    pub connect: String,
-    /// How long to wait for the daemon at the start.
-    pub patience: Duration,
-    /// The student's architecture; default: the teacher's.
-    pub arch: Option<String>,
-    /// Start from the newest student that the daemon holds, where it holds one.
-    pub fetch: bool,
-    /// How long to train.
-    pub budget: Budget,
-    /// At most this many steps for each batch received; then wait for the next.
-    pub steps_per_batch: Option<u64>,
-    /// Begin once so many images are there.
-    pub min_images: usize,
-    /// Images in a training step.
-    pub batch_size: usize,
-    /// The learning rate's peak.
-    pub learning_rate: f64,
-    /// SGD's momentum.
-    pub momentum: f64,
-    /// SGD's weight decay.
-    pub weight_decay: f64,
-    /// T of the distillation loss.
-    pub temperature: f64,
-    /// Changes to images before each step.
-    pub augmentation: Augmentation,
-    /// Images kept to be drawn again.
-    pub buffer_images: usize,
-    /// Push the student every so many steps.
-    pub push_every: u64,
-    /// Labelled pictures to measure on.
-    pub test_data: Option<PathBuf>,
-    /// Measure every so many steps; 0: only at the end.
-    pub eval_every: u64,
-    /// Where to write the student.
-    pub out: Option<PathBuf>,
-    /// Where to keep the training's state, and to resume from if it is there.
-    pub checkpoint: Option<PathBuf>,
-    /// Write the state every so many steps.
-    pub checkpoint_every: u64,
-    /// Where to write the summary.
-    pub summary: Option<PathBuf>,
-    /// Where to write a grid of received images.
-    pub grid: Option<PathBuf>,
-    /// Decides the initial weights and what is drawn.
-    pub seed: u64,
-    /// Where to train.
-    pub device: Device,
-}
-
-/// A measured accuracy.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct Measurement {
-    /// Training steps made.
-    pub step: u64,
-    /// Wall time since the start of the training, resumed parts included.
-    pub seconds: f64,
-    /// 0..1.
-    pub accuracy: f64,
-}
-
-/// What came out.
-#[derive(Clone, Debug, Serialize)]
-pub struct Summary {
-    /// Accuracy on the test file at the end, 0..1.
-    pub accuracy: Option<f64>,
-    /// Every accuracy that was measured.
-    pub accuracies: Vec<Measurement>,
-    /// Training steps made.
-    pub steps: u64,
-    /// The mean loss of the last steps.
-    pub loss: f64,
-    /// Agreement with the teacher's class on the last training batches, 0..1.
-    pub agreement: f64,
-    /// Images received by this process.
-    pub images_received: u64,
-    /// Images drawn for training.
-    pub images_consumed: u64,
-    /// Students that became a version.
-    pub student_versions_pushed: u64,
-    /// Connections that were lost and made again.
-    pub reconnects: u64,
-    /// Wall time, resumed parts included.
-    pub wall_seconds: f64,
-    /// False where a signal ended the training early.
-    pub complete: bool,
-}
 
 /// What the daemon says of its teacher, as a trainer needs it.
 struct TeacherFacts {
@@ -186,6 +88,10 @@ fn rate_factor(done: f64) -> f64 {
 /// Trains a student. Ends when the budget is used up, or, with everything saved, once `stop` is set.
 /// `listen` is called once the daemon was found and gives the flag: until then a signal may simply end the process.
 pub fn run(options: &Options, listen: impl FnOnce() -> anyhow::Result<Arc<AtomicBool>>) -> anyhow::Result<Summary> {
+    // Now, and not after hours of training.
+    for path in [&options.out, &options.checkpoint, &options.summary, &options.grid].into_iter().flatten() {
+        check_writable(path)?;
+    }
     let feed = Feed::connect(&options.connect, options.patience)?;
     let facts = TeacherFacts::from(&feed)?;
     let test = match &options.test_data {
@@ -509,6 +415,21 @@ fn resume(
         bail!("cannot resume from {}: its network does not fit this teacher's images and classes", path.display());
     }
     Ok((checkpoint, network, spec))
+}
+
+/// Whether a file could be written there later; leaves nothing behind but its folder.
+fn check_writable(path: &Path) -> anyhow::Result<()> {
+    let mut probe = path.to_owned().into_os_string();
+    probe.push(format!(".{}.probe", std::process::id()));
+    let try_it = || {
+        if let Some(folder) = path.parent() {
+            std::fs::create_dir_all(folder)?;
+        }
+        anyhow::ensure!(!path.is_dir(), "it is a folder; name a file");
+        std::fs::File::create(&probe)?;
+        Ok(std::fs::remove_file(&probe)?)
+    };
+    try_it().with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// Writes a file so that a reader, or a crash, sees the old or the new one whole.

@@ -1,0 +1,109 @@
+//! What a distillation is told, and what it tells in the end.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::Serialize;
+use tch::Device;
+
+use crate::trainers::augment::Augmentation;
+
+/// How long to train.
+#[derive(Clone, Copy, Debug)]
+pub enum Budget {
+    /// This many steps.
+    Steps(u64),
+    /// This long, by the clock. A resumed training goes on for what is left.
+    Time(Duration),
+}
+
+/// Everything a distillation needs to know.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The daemon's address.
+    pub connect: String,
+    /// How long to wait for the daemon at the start.
+    pub patience: Duration,
+    /// The student's architecture; default: the teacher's.
+    pub arch: Option<String>,
+    /// Start from the newest student that the daemon holds, where it holds one.
+    pub fetch: bool,
+    /// How long to train.
+    pub budget: Budget,
+    /// At most this many steps for each batch received; then wait for the next.
+    pub steps_per_batch: Option<u64>,
+    /// Begin once so many images are there.
+    pub min_images: usize,
+    /// Images in a training step.
+    pub batch_size: usize,
+    /// The learning rate's peak.
+    pub learning_rate: f64,
+    /// SGD's momentum.
+    pub momentum: f64,
+    /// SGD's weight decay.
+    pub weight_decay: f64,
+    /// T of the distillation loss.
+    pub temperature: f64,
+    /// Changes to images before each step.
+    pub augmentation: Augmentation,
+    /// Images kept to be drawn again.
+    pub buffer_images: usize,
+    /// Push the student every so many steps.
+    pub push_every: u64,
+    /// Labelled pictures to measure on.
+    pub test_data: Option<PathBuf>,
+    /// Measure every so many steps; 0: only at the end.
+    pub eval_every: u64,
+    /// Where to write the student.
+    pub out: Option<PathBuf>,
+    /// Where to keep the training's state, and to resume from if it is there.
+    pub checkpoint: Option<PathBuf>,
+    /// Write the state every so many steps.
+    pub checkpoint_every: u64,
+    /// Where to write the summary.
+    pub summary: Option<PathBuf>,
+    /// Where to write a grid of received images.
+    pub grid: Option<PathBuf>,
+    /// Decides the initial weights and what is drawn.
+    pub seed: u64,
+    /// Where to train.
+    pub device: Device,
+}
+
+/// A measured accuracy.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Measurement {
+    /// Training steps made.
+    pub step: u64,
+    /// Wall time since the start of the training, resumed parts included.
+    pub seconds: f64,
+    /// 0..1.
+    pub accuracy: f64,
+}
+
+/// What came out.
+#[derive(Clone, Debug, Serialize)]
+pub struct Summary {
+    /// Accuracy on the test file at the end, 0..1.
+    pub accuracy: Option<f64>,
+    /// Every accuracy that was measured.
+    pub accuracies: Vec<Measurement>,
+    /// Training steps made.
+    pub steps: u64,
+    /// The mean loss of the last steps.
+    pub loss: f64,
+    /// Agreement with the teacher's class on the last training batches, 0..1.
+    pub agreement: f64,
+    /// Images received by this process.
+    pub images_received: u64,
+    /// Images drawn for training.
+    pub images_consumed: u64,
+    /// Students that became a version.
+    pub student_versions_pushed: u64,
+    /// Connections that were lost and made again.
+    pub reconnects: u64,
+    /// Wall time, resumed parts included.
+    pub wall_seconds: f64,
+    /// False where a signal ended the training early.
+    pub complete: bool,
+}
