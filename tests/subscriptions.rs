@@ -8,10 +8,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use dreamfeed::client::{Batch, BatchStream, Client, Start};
+use dreamfeed::proto::dreamfeed_service_client::DreamfeedServiceClient;
 use dreamfeed::proto::{Replay, Shard, StalenessBound, StreamRequest};
 use futures_util::StreamExt;
 use support::{ARCH, Daemon, images, student, within};
 use tonic::Code;
+use tonic::transport::Endpoint;
 
 /// 160 images in 20 chunks, and no more.
 const BOUNDED: [&str; 4] = ["--batch-size", "8", "--max-images", "160"];
@@ -215,9 +217,16 @@ async fn without_subscribers_nothing_is_made_where_demand_decides() {
     daemon.wait_metric("dreamfeed_engine_state{state=\"resting\"}", 1.0);
     assert_eq!(made(), 0.0);
     let client = daemon.client().await;
-    // A reader that waits for more than the mark allows is still served: it has nothing ahead of it.
-    let mut stream = open(&client, StreamRequest { batch_size: 100, ..earliest() }).await;
-    assert_eq!(next(&mut stream).await.count, 100);
+    // A reader that waits for more than the mark allows is still served: it has nothing ahead of it. Its windows are small,
+    // so that soon nothing more is sent ahead.
+    let channel = Endpoint::from_shared(format!("http://{}", daemon.grpc))
+        .unwrap()
+        .initial_stream_window_size(65_535)
+        .initial_connection_window_size(65_535);
+    let mut service = DreamfeedServiceClient::new(channel.connect().await.unwrap());
+    let request = StreamRequest { batch_size: 100, ..earliest() };
+    let mut stream = service.stream(request).await.unwrap().into_inner();
+    assert_eq!(within(stream.message()).await.unwrap().unwrap().count, 100);
     // A reader that does not read has its fill at some time.
     daemon.wait_metric("dreamfeed_demand{reason=\"lag\"}", 1.0);
     daemon.wait_metric("dreamfeed_engine_state{state=\"resting\"}", 1.0);
@@ -226,6 +235,7 @@ async fn without_subscribers_nothing_is_made_where_demand_decides() {
     daemon.wait_metric("dreamfeed_demand{reason=\"no_subscriber\"}", 1.0);
     // Replay alone asks for nothing new.
     let before = made();
+    let client = daemon.client().await;
     let replay = Some(Replay { share: 1.0, sampling: 0 });
     let mut stream = open(&client, StreamRequest { replay, ..Default::default() }).await;
     for _ in 0..20 {
