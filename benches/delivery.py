@@ -1,8 +1,8 @@
 """How fast the log reaches its subscribers, beside tonic's own encoder and plain memory copy.
 
-For 1, 10, 100 and 1000 loopback streams: bytes a second out of the log and in replay, the same messages from a bare tonic
-server, CPU time of the server per delivered byte, its resident memory, and the time from a chunk's being durable to its
-being received while the daemon goes on dreaming. Server and subscribers are two processes on the same cores.
+For 1, 10, 100 and 1000 loopback streams: bytes a second out of the log and in replay, the same messages from a bare
+tonic server, CPU time of the server per delivered byte, its resident memory, and the time from a chunk's being durable
+to its being received while the daemon goes on dreaming. Server and subscribers are two processes on the same cores.
 
 The chunks are 256 noise images of 3x32x32 labelled by a random ResNet-20: what is in them does not matter here.
 Writes out/bench/delivery.json.
@@ -27,36 +27,34 @@ IMAGES = 16_384
 CACHE = 128 << 20
 
 
-class Server:
-    """CPU time and memory of a process."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-
-    def cpu_seconds(self) -> float:
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def resident_bytes(self) -> int:
-        status = Path(f"/proc/{self.pid}/status").read_text()
-        return int(re.search(r"VmRSS:\s+(\d+) kB", status).group(1)) << 10
+def resident_bytes(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+) kB", status).group(1)) << 10
 
 
-def load(server: Server, address: str, streams: int, mode: str, seconds: float, store: Path | None = None) -> dict:
-    command = [str(loop.BINARY), "bench", "load", "--connect", f"http://{address}", "--json"]
+def load(pid: int, address: str, streams: int, mode: str, seconds: float, store: Path | None = None) -> dict:
+    command = [
+        str(loop.BINARY),
+        "bench",
+        "load",
+        "--connect",
+        f"http://{address}",
+        "--json",
+        "--server-pid",
+        str(pid),
+    ]
     command += ["--streams", str(streams), "--mode", mode, "--duration", f"{seconds}s"]
+    # A thousand messages of a megabyte are a gigabyte of memory that a fresh server never touched.
+    command += ["--warmup", f"{2 + streams / 50}s"]
     if store:
         command += ["--store", str(store)]
-    before = server.cpu_seconds()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     output, _ = process.communicate()
     if process.returncode:
         sys.exit(f"{' '.join(command)} failed")
     report = json.loads(output)
-    # The warming up delivers too, and is a fifth of the measured time.
-    cpu = server.cpu_seconds() - before
-    report["server_cpu_seconds_per_gb"] = cpu / max(report["bytes"] * 1.2 / 1e9, 1e-9)
-    report["resident_bytes"] = server.resident_bytes()
+    report["server_cpu_seconds_per_gb"] = report["server_cpu_seconds"] / max(report["bytes"] / 1e9, 1e-9)
+    report["resident_bytes"] = resident_bytes(pid)
     return report
 
 
@@ -72,13 +70,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
         out = Path(folder)
         teacher = step.random_network(out / "teacher.safetensors", "resnet20")
-        made = ["--synthesizer", "noise", "--batch-size", "256", "--max-images", str(IMAGES), "--threads", "1"]
+        made = [
+            "--synthesizer",
+            "noise",
+            "--batch-size",
+            "256",
+            "--max-images",
+            str(IMAGES),
+            "--threads",
+            "1",
+        ]
         made += ["--max-streams", "2000", "--log-cache-bytes", str(CACHE)]
         with loop.Daemon(teacher, out, made) as daemon:
-            server = Server(daemon.process.pid)
+            server = daemon.process.pid
             while daemon.counter("dreamfeed_log_next_sequence") < IMAGES:
                 pass
-            base = server.resident_bytes()
+            base = resident_bytes(server)
             for mode in ("log", "replay"):
                 for streams in counts:
                     reports[mode].append(load(server, daemon.grpc, streams, mode, args.seconds))
@@ -87,7 +94,7 @@ def main() -> None:
         try:
             address = bare.stdout.readline().strip()
             for streams in counts:
-                reports["bare"].append(load(Server(bare.pid), address, streams, "log", args.seconds))
+                reports["bare"].append(load(bare.pid, address, streams, "log", args.seconds))
         finally:
             bare.kill()
             bare.wait()
@@ -95,15 +102,20 @@ def main() -> None:
         dreams = ["--preset", "cifar10-live", "--iterations", "2", "--batch-size", "64", "--threads", "1"]
         dreams += ["--max-streams", "2000", "--log-cache-bytes", str(CACHE)]
         with loop.Daemon(teacher, out, dreams) as daemon:
-            server = Server(daemon.process.pid)
+            server = daemon.process.pid
             for streams in counts:
                 report = load(server, daemon.grpc, streams, "live", 2 * args.seconds, out / "store")
                 reports["live"].append(report)
 
-    print(f"\nChunks of 256 images, {reports['bare'][0]['bytes'] // reports['bare'][0]['messages']:,} bytes. ", end="")
+    print(
+        f"\nChunks of 256 images, {reports['bare'][0]['bytes'] // reports['bare'][0]['messages']:,} bytes. ",
+        end="",
+    )
     print(f"The daemon at rest: {base / 1e6:.0f} MB resident; its cache may hold {CACHE >> 20} MiB. ", end="")
     print(f"Plain memory copy, one thread: {reports['bare'][0]['copy_bytes_per_second'] / 1e9:.2f} GB/s.\n")
-    print("| streams | log | bare tonic | ratio | replay | CPU s/GB: log | bare | replay | resident: log | replay |")
+    print(
+        "| streams | log | bare tonic | ratio | replay | CPU s/GB: log | bare | replay | resident: log | replay |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for log, replay, tonic in zip(reports["log"], reports["replay"], reports["bare"], strict=True):
         speeds = [f"{r['bytes_per_second'] / 1e9:.2f} GB/s" for r in (log, tonic)]

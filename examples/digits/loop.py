@@ -6,8 +6,8 @@ Shared by demo.py and ablation.py. Both processes are the released binary; they 
 import contextlib
 import json
 import os
-import signal
 import shutil
+import signal
 import subprocess
 import sys
 import threading

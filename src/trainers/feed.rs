@@ -55,9 +55,9 @@ pub struct Feed {
 }
 
 impl Feed {
-    /// Connects, waiting up to `patience` for a daemon that is away or still loads its teacher, and streams everything
-    /// that the log holds and then what is made.
-    pub fn connect(url: &str, patience: Duration) -> anyhow::Result<Self> {
+    /// Connects, waiting up to `patience` for a daemon that is away or still loads its teacher, and streams the newest
+    /// `newest_images` that the log holds and then what is made.
+    pub fn connect(url: &str, patience: Duration, newest_images: u64) -> anyhow::Result<Self> {
         // One thread is enough to move bytes, and leaves the cores to training.
         let runtime = runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let (client, description) = runtime.block_on(async {
@@ -70,7 +70,10 @@ impl Feed {
         let (snapshots, newest) = watch::channel(None);
         let (error_sender, push_errors) = mpsc::channel(1);
         let teacher = description.teacher.as_ref().map(|teacher| teacher.sha256.clone()).unwrap_or_default();
-        runtime.spawn(receive(client.clone(), teacher, batch_sender, stats.clone()));
+        // A log may hold far more than a buffer; what would only be pushed out again need not come.
+        let log = description.log.clone().unwrap_or_default();
+        let start = log.next_sequence.saturating_sub(newest_images).max(log.first_sequence);
+        runtime.spawn(receive(client.clone(), Start::Sequence(start), teacher, batch_sender, stats.clone()));
         let pushing = Arc::new(Mutex::new(()));
         let most = description.max_student_bytes;
         runtime.spawn(push(client.clone(), newest, error_sender, stats.clone(), pushing.clone(), most));
@@ -138,11 +141,11 @@ impl Feed {
 
 async fn receive(
     client: Client,
+    mut start: Start,
     teacher: String,
     batches: mpsc::Sender<Result<Batch, ClientError>>,
     stats: Arc<FeedStats>,
 ) {
-    let mut start = Start::Earliest;
     let mut backoff = Backoff::default();
     loop {
         let stream = client.stream(start.clone()).await;

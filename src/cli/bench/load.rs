@@ -26,9 +26,15 @@ pub(super) struct Args {
     /// What each asks for.
     #[arg(long, value_enum, default_value = "log")]
     mode: Mode,
-    /// How long to count, after as long a fifth of warming up.
+    /// How long to count.
     #[arg(long, default_value = "5s", value_parser = humantime::parse_duration)]
     duration: Duration,
+    /// How long to read before the counting begins: the first messages meet memory that was never touched.
+    #[arg(long, default_value = "2s", value_parser = humantime::parse_duration)]
+    warmup: Duration,
+    /// The server's process, to report its CPU time during the counting.
+    #[arg(long, value_name = "PID")]
+    server_pid: Option<u32>,
     /// The daemon's store, a folder: with --mode live, gives the time when a chunk became durable.
     #[arg(long, value_name = "FOLDER")]
     store: Option<PathBuf>,
@@ -70,7 +76,8 @@ async fn measure(args: &Args) -> anyhow::Result<()> {
     for (_, client) in (0..args.streams).zip(clients.iter().cycle()) {
         readers.spawn(read(client.clone(), args.mode, args.store.clone(), counts.clone()));
     }
-    tokio::time::sleep(args.duration / 5).await;
+    tokio::time::sleep(args.warmup).await;
+    let cpu_before = args.server_pid.and_then(cpu_seconds);
     counts.counting.store(true, Ordering::Relaxed);
     let began = Instant::now();
     tokio::select! {
@@ -81,6 +88,7 @@ async fn measure(args: &Args) -> anyhow::Result<()> {
     }
     counts.counting.store(false, Ordering::Relaxed);
     let seconds = began.elapsed().as_secs_f64();
+    let cpu = args.server_pid.and_then(cpu_seconds).zip(cpu_before).map(|(after, before)| after - before);
     let (bytes, messages) = (counts.bytes.load(Ordering::Relaxed), counts.messages.load(Ordering::Relaxed));
     // Readers give their latencies when they see that the counting is over.
     let mut latencies = Vec::new();
@@ -97,7 +105,7 @@ async fn measure(args: &Args) -> anyhow::Result<()> {
         let report = serde_json::json!({
             "streams": args.streams, "seconds": seconds, "bytes": bytes, "messages": messages,
             "bytes_per_second": speed, "p50_milliseconds": p50, "p99_milliseconds": p99,
-            "latencies": latencies.len(), "copy_bytes_per_second": copied,
+            "latencies": latencies.len(), "server_cpu_seconds": cpu, "copy_bytes_per_second": copied,
         });
         println!("{report}");
     } else {
@@ -147,6 +155,15 @@ fn age_of_chunk(store: &Path, first_sequence: u64) -> Option<f64> {
     let named = Duration::new(u64::try_from(meta.ctime()).ok()?, u32::try_from(meta.ctime_nsec()).ok()?);
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).ok()?;
     Some(now.saturating_sub(named).as_secs_f64())
+}
+
+/// The CPU time that a process has used, in seconds.
+fn cpu_seconds(pid: u32) -> Option<f64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name in parentheses may hold anything; utime and stime are the 12th and 13th field after it.
+    let (_, rest) = stat.rsplit_once(')')?;
+    let ticks: Vec<u64> = rest.split_whitespace().skip(11).take(2).filter_map(|field| field.parse().ok()).collect();
+    Some(ticks.iter().sum::<u64>() as f64 / rustix::param::clock_ticks_per_second() as f64)
 }
 
 /// Bytes a second that one thread copies in pieces of the size of a chunk.

@@ -92,7 +92,7 @@ pub fn run(options: &Options, listen: impl FnOnce() -> anyhow::Result<Arc<Atomic
     for path in [&options.out, &options.checkpoint, &options.summary, &options.grid].into_iter().flatten() {
         check_writable(path)?;
     }
-    let feed = Feed::connect(&options.connect, options.patience)?;
+    let feed = Feed::connect(&options.connect, options.patience, options.buffer_images as u64)?;
     let facts = TeacherFacts::from(&feed)?;
     let test = match &options.test_data {
         Some(path) => Some(LabelledImages::open(path, facts.geometry, facts.num_classes)?),
