@@ -216,7 +216,6 @@ async fn without_subscribers_nothing_is_made_where_demand_decides() {
     daemon.wait_metric("dreamfeed_demand{reason=\"no_subscriber\"}", 1.0);
     daemon.wait_metric("dreamfeed_engine_state{state=\"resting\"}", 1.0);
     assert_eq!(made(), 0.0);
-    let client = daemon.client().await;
     // A reader that waits for more than the mark allows is still served: it has nothing ahead of it. Its windows are small,
     // so that soon nothing more is sent ahead.
     let channel = Endpoint::from_shared(format!("http://{}", daemon.grpc))

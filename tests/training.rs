@@ -103,10 +103,13 @@ async fn a_trainer_lives_through_a_restart_of_the_daemon() {
     let folder = tempfile::tempdir().unwrap();
     let trainer = distill(&first.grpc, folder.path(), &["--steps", "12", "--steps-per-batch", "1"]);
     let client = first.client().await;
-    wait_for("the trainer's eighth step", || {
-        first.metric("dreamfeed_pushes_total{outcome=\"accepted\"}").is_some_and(|pushes| pushes >= 4.0)
-    });
-    assert_eq!(client.describe().await.unwrap().student.unwrap().trainer_step, 8);
+    // Not so many pushes: where one takes long, the next snapshots become one.
+    let eighth = async {
+        while client.describe().await.unwrap().student.is_none_or(|student| student.trainer_step < 8) {
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+    };
+    within(eighth).await;
     first.signal("KILL");
     first.wait_exit();
 
