@@ -1,7 +1,7 @@
-//! Images in a PNG grid, for people to look at.
+//! Images as PNG: one by one, and in a grid for people to look at.
 
 use std::fs::File;
-use std::io::{self, BufWriter};
+use std::io::{self, BufWriter, Write};
 use std::path::Path;
 
 use crate::model::source::Geometry;
@@ -35,11 +35,37 @@ pub fn write_png(path: &Path, images: &[u8], geometry: Geometry, columns: usize,
     if let Some(folder) = path.parent() {
         std::fs::create_dir_all(folder)?;
     }
-    let mut encoder = png::Encoder::new(BufWriter::new(File::create(path)?), width as u32, height as u32);
-    encoder.set_color(png::ColorType::Rgb);
+    encode(BufWriter::new(File::create(path)?), &canvas, (width, height), png::ColorType::Rgb)
+}
+
+/// A u8 image `[C, H, W]` as a PNG file of its size: one channel is grey, three are RGB, and of any other number a PNG
+/// cannot be made.
+pub fn png(image: &[u8], geometry: Geometry) -> io::Result<Vec<u8>> {
+    let plane = geometry.height * geometry.width;
+    let (pixels, colour) = match geometry.channels {
+        1 => (image.to_vec(), png::ColorType::Grayscale),
+        3 => {
+            let (red, rest) = image.split_at(plane.min(image.len()));
+            let (green, blue) = rest.split_at(plane.min(rest.len()));
+            let pixels = red.iter().zip(green).zip(blue).flat_map(|((r, g), b)| [*r, *g, *b]).collect();
+            (pixels, png::ColorType::Rgb)
+        }
+        channels => {
+            let problem = format!("a PNG holds one channel or three, and these images have {channels}");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, problem));
+        }
+    };
+    let mut file = Vec::new();
+    encode(&mut file, &pixels, (geometry.width, geometry.height), colour)?;
+    Ok(file)
+}
+
+fn encode(out: impl Write, pixels: &[u8], (width, height): (usize, usize), colour: png::ColorType) -> io::Result<()> {
+    let mut encoder = png::Encoder::new(out, width as u32, height as u32);
+    encoder.set_color(colour);
     encoder.set_depth(png::BitDepth::Eight);
     let mut writer = encoder.write_header()?;
-    writer.write_image_data(&canvas)?;
+    writer.write_image_data(pixels)?;
     writer.finish()?;
     Ok(())
 }

@@ -6,6 +6,7 @@ pub mod config;
 pub mod delivery;
 pub mod device;
 pub mod engine;
+pub mod export;
 pub mod grid;
 pub mod log;
 pub mod model;

@@ -100,6 +100,20 @@ impl Storage {
     /// their vendors' usual names (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT`, `GOOGLE_SERVICE_ACCOUNT`,
     /// `AZURE_STORAGE_ACCOUNT_NAME`, ...).
     pub fn open(location: &str) -> Result<Self, StorageError> {
+        Self::open_or(location, |folder| {
+            std::fs::create_dir_all(folder).map_err(|e| format!("the folder cannot be made: {e}"))
+        })
+    }
+
+    /// As [`Self::open`], for whoever only looks: a folder that is not there is an error, and is not made.
+    pub fn open_existing(location: &str) -> Result<Self, StorageError> {
+        Self::open_or(location, |folder| match folder.is_dir() {
+            true => Ok(()),
+            false => Err("there is no such folder".into()),
+        })
+    }
+
+    fn open_or(location: &str, prepare: impl Fn(&FilePath) -> Result<(), String>) -> Result<Self, StorageError> {
         let refused = |problem: String| StorageError::Location { location: location.to_owned(), problem };
         if location.is_empty() {
             return Err(refused("give a folder or a URL, for example ./dreams or s3://bucket/dreams".into()));
@@ -108,7 +122,7 @@ impl Storage {
             return Ok(Self::new(Arc::new(InMemory::new()), Path::default(), None, location));
         }
         if !location.contains("://") {
-            return Self::open_folder(FilePath::new(location), location);
+            return Self::open_folder(FilePath::new(location), location, prepare);
         }
         let url = Url::parse(location).map_err(|e| refused(format!("it is no URL: {e}")))?;
         let known = "give a folder, file://, s3://, gs://, az:// or memory:";
@@ -120,7 +134,7 @@ impl Storage {
         let store: Arc<dyn ObjectStore> = match scheme {
             ObjectStoreScheme::Local => {
                 let folder = url.to_file_path().map_err(|()| refused("it names no folder of this machine".into()))?;
-                return Self::open_folder(&folder, location);
+                return Self::open_folder(&folder, location, prepare);
             }
             ObjectStoreScheme::AmazonS3 => {
                 // from_env reads AWS_ALLOW_HTTP only as a client option, which our own options replace.
@@ -150,9 +164,13 @@ impl Storage {
         Ok(Self::new(store, root, None, location))
     }
 
-    fn open_folder(folder: &FilePath, location: &str) -> Result<Self, StorageError> {
+    fn open_folder(
+        folder: &FilePath,
+        location: &str,
+        prepare: impl Fn(&FilePath) -> Result<(), String>,
+    ) -> Result<Self, StorageError> {
         let refused = |problem: String| StorageError::Location { location: location.to_owned(), problem };
-        std::fs::create_dir_all(folder).map_err(|e| refused(format!("the folder cannot be made: {e}")))?;
+        prepare(folder).map_err(refused)?;
         let store = LocalFileSystem::new_with_prefix(folder).map_err(|e| refused(root_cause(&e)))?.with_fsync(true);
         Ok(Self::new(Arc::new(store), Path::default(), Some(folder.to_owned()), location))
     }

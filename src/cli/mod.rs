@@ -5,6 +5,7 @@ pub mod bench;
 pub mod distill;
 pub mod dream;
 pub mod evaluate;
+pub mod log;
 pub mod serve;
 
 use clap::{Parser, Subcommand};
@@ -26,6 +27,7 @@ enum Command {
     Evaluate(Box<evaluate::Args>),
     Dream(Box<dream::Args>),
     Bench(Box<bench::Args>),
+    Log(Box<log::Args>),
 }
 
 /// Parses the process's arguments and does what they say. Usage errors end the process with code 2.
@@ -42,6 +44,7 @@ pub fn run() -> anyhow::Result<()> {
         Command::Evaluate(args) => evaluate::run(*args),
         Command::Dream(args) => dream::run(*args),
         Command::Bench(args) => bench::run(*args),
+        Command::Log(args) => log::run(*args),
     }
 }
 
@@ -53,13 +56,16 @@ mod tests {
     fn the_command_line_is_consistent() {
         let command = super::Cli::command();
         command.clone().debug_assert();
-        // debug_assert does nothing in a release build, and two fields of one name would silently share one value.
-        for sub in command.get_subcommands() {
-            let mut ids: Vec<&str> = sub.get_arguments().map(|argument| argument.get_id().as_str()).collect();
-            let all = ids.len();
-            ids.sort_unstable();
-            ids.dedup();
-            assert_eq!(ids.len(), all, "{}: {ids:?}", sub.get_name());
-        }
+        check(&command);
+    }
+
+    /// debug_assert does nothing in a release build, and two fields of one name would silently share one value.
+    fn check(command: &clap::Command) {
+        let mut ids: Vec<&str> = command.get_arguments().map(|argument| argument.get_id().as_str()).collect();
+        let all = ids.len();
+        ids.sort_unstable();
+        ids.dedup();
+        assert_eq!(ids.len(), all, "{}: {ids:?}", command.get_name());
+        command.get_subcommands().for_each(check);
     }
 }

@@ -171,6 +171,20 @@ impl Chunk {
         Ok(this)
     }
 
+    /// Whether it is the chunk at this place of a log with such images and so many logits; the error says why not.
+    pub(super) fn check(&self, first_sequence: u64, geometry: Geometry, num_classes: usize) -> Result<(), String> {
+        if self.first_sequence() != first_sequence {
+            return Err(format!("it says that its first sequence is {}", self.first_sequence()));
+        }
+        if (self.geometry, self.num_classes) != (geometry, num_classes) {
+            return Err(format!(
+                "it holds images of {:?} with {} logits, and the log {geometry:?} with {num_classes}",
+                self.geometry, self.num_classes
+            ));
+        }
+        Ok(())
+    }
+
     /// As [`Self::parse`], without the checksum.
     fn checked(payload: Bytes) -> Result<Self, ChunkError> {
         let file = Checkpoint::parse(payload)?;

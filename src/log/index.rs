@@ -145,11 +145,11 @@ impl Index {
     }
 
     /// A chunk is gone because of retention, ours or another replica's: so is everything before it but the seed set.
-    pub fn evict(&mut self, first: u64) {
-        if let Some(entry) = self.remove(first) {
-            self.extent.first_sequence = self.extent.first_sequence.max(entry.summary.end());
-            self.extent.evicted_chunks += 1;
-        }
+    pub fn evict(&mut self, first: u64) -> Option<Arc<Entry>> {
+        let entry = self.remove(first)?;
+        self.extent.first_sequence = self.extent.first_sequence.max(entry.summary.end());
+        self.extent.evicted_chunks += 1;
+        Some(entry)
     }
 
     /// A chunk turned out to be damaged.

@@ -1,30 +1,41 @@
 //! A log looked at from outside, without a daemon and without its teacher. Changes nothing.
 
-use futures_util::stream::{self, StreamExt};
-use uuid::Uuid;
+use futures_util::stream::{self, Stream, StreamExt};
 
-use super::{Chunk, Entry, OpenError, open};
+use super::{Chunk, Entry, Identity, OpenError, open};
 use crate::storage::{Storage, StorageError, blocking};
+
+/// Chunks that are read ahead of the one in use.
+const READ_AHEAD: usize = 4;
 
 /// What a log is and holds.
 #[derive(Debug)]
 pub struct Inspection {
-    /// The log.
-    pub log_id: Uuid,
-    /// The teacher that it was dreamed from.
-    pub teacher_sha256: String,
-    /// C, H, W of every image.
-    pub geometry: [usize; 3],
-    /// K.
-    pub num_classes: usize,
-    /// Its chunks, oldest first.
+    /// What it is.
+    pub identity: Identity,
+    /// The chunks whose beginning can be read, oldest first.
     pub entries: Vec<Entry>,
-    /// Objects that should be chunks and are not: name and problem.
-    pub damaged: Vec<(String, String)>,
+    /// Objects that should be chunks and cannot be read.
+    pub damaged: Vec<Damaged>,
     /// Stretches whose chunks are in quarantine: first sequence, and the one behind.
     pub quarantined: Vec<(u64, u64)>,
+    /// Stretches that retention let go of, as the log has it on record; chunks of a seed set may lie before them.
+    pub evicted: Vec<(u64, u64)>,
     /// Objects in the log's place that are none of its own.
     pub strange: Vec<String>,
+}
+
+/// A chunk whose beginning cannot be read.
+#[derive(Debug)]
+pub struct Damaged {
+    /// The object.
+    pub name: String,
+    /// The sequence in its name.
+    pub first_sequence: u64,
+    /// The sequence behind it, as far as can be told: the next chunk's, or what an object of its size can hold.
+    pub end: u64,
+    /// What is wrong.
+    pub problem: String,
 }
 
 /// Why a chunk cannot be looked at.
@@ -36,6 +47,11 @@ pub enum InspectError {
     /// There is none.
     #[error("{0} is not there")]
     Missing(String),
+    /// No chunk holds the image.
+    #[error(
+        "no chunk holds image {0}: it was evicted, is lost, or is not made yet; `dreamfeed log verify` tells which"
+    )]
+    NotHeld(u64),
     /// It is damaged.
     #[error("{name}: {problem}")]
     Damaged {
@@ -44,43 +60,90 @@ pub enum InspectError {
         /// What is wrong.
         problem: String,
     },
+    /// It is intact, and belongs elsewhere.
+    #[error("{name}: {problem}")]
+    Foreign {
+        /// The object.
+        name: String,
+        /// Why it is not this log's.
+        problem: String,
+    },
 }
 
-/// Looks at the log in a storage; None where there is none.
+/// What the log in a storage is; None where there is none.
+pub async fn identity(storage: &Storage) -> Result<Option<Identity>, OpenError> {
+    open::identity(storage).await
+}
+
+/// Looks at the log in a storage; None where there is none. Reads the first kilobytes of every chunk.
 pub async fn inspect(storage: &Storage) -> Result<Option<Inspection>, OpenError> {
     let Some(contents) = open::read(storage).await? else { return Ok(None) };
-    let damaged = contents.damaged.into_iter().map(|(found, error)| (found.name, error.to_string())).collect();
+    let damaged = contents.damaged.into_iter().map(|head| Damaged {
+        name: head.name,
+        first_sequence: head.first,
+        end: head.end,
+        problem: head.error.to_string(),
+    });
     Ok(Some(Inspection {
-        log_id: contents.log_id,
-        teacher_sha256: contents.teacher_sha256,
-        geometry: contents.geometry,
-        num_classes: contents.num_classes,
+        identity: contents.identity,
         entries: contents.entries,
-        damaged,
+        damaged: damaged.collect(),
         quarantined: contents.lost,
+        evicted: contents.evicted,
         strange: contents.strange,
     }))
 }
 
-/// Reads the chunk that begins with a sequence, and verifies its checksum.
-pub async fn load(storage: &Storage, first_sequence: u64) -> Result<Chunk, InspectError> {
+/// The first sequences of all chunks in order, by the objects' names alone.
+pub async fn first_sequences(storage: &Storage) -> Result<Vec<u64>, StorageError> {
+    let found = storage.list(open::CHUNKS, None).await?;
+    Ok(found.iter().filter_map(|found| open::first_sequence(&found.name)).collect())
+}
+
+/// The object that holds the chunk that begins with this sequence.
+pub fn object_name(first_sequence: u64) -> String {
+    open::chunk_name(first_sequence)
+}
+
+/// Reads the chunk that begins with a sequence, verifies its checksum, and that it is one of this log's.
+pub async fn load(storage: &Storage, log: &Identity, first_sequence: u64) -> Result<Chunk, InspectError> {
     let name = open::chunk_name(first_sequence);
     let Some(object) = storage.get(&name).await? else { return Err(InspectError::Missing(name)) };
-    match blocking(move || Chunk::parse(object)).await {
-        Ok(Ok(chunk)) if chunk.first_sequence() == first_sequence => Ok(chunk),
-        Ok(Ok(chunk)) => {
-            let problem = format!("it says that its first sequence is {}", chunk.first_sequence());
-            Err(InspectError::Damaged { name, problem })
-        }
-        Ok(Err(error)) => Err(InspectError::Damaged { name, problem: error.to_string() }),
-        Err(problem) => Err(InspectError::Damaged { name, problem }),
+    let chunk = match blocking(move || Chunk::parse(object)).await {
+        Ok(Ok(chunk)) => chunk,
+        Ok(Err(error)) => return Err(InspectError::Damaged { name, problem: error.to_string() }),
+        Err(problem) => return Err(InspectError::Damaged { name, problem }),
+    };
+    let id = log.log_id.to_string();
+    let origin = || match (chunk.metadata().get("log_id"), &chunk.summary.teacher_sha256) {
+        (Some(found), teacher) if *found == id && *teacher == log.teacher_sha256 => Ok(()),
+        (found, teacher) => Err(format!(
+            "it is of the log {} and the teacher {teacher}, not of the log {id} and the teacher {}",
+            found.map_or("of no name", String::as_str),
+            log.teacher_sha256
+        )),
+    };
+    match chunk.check(first_sequence, log.geometry(), log.num_classes).and_then(|()| origin()) {
+        Ok(()) => Ok(chunk),
+        Err(problem) => Err(InspectError::Foreign { name, problem }),
     }
+}
+
+/// The chunk that holds an image.
+pub async fn find(storage: &Storage, log: &Identity, sequence: u64) -> Result<Chunk, InspectError> {
+    let firsts = first_sequences(storage).await?;
+    let at = firsts.partition_point(|first| *first <= sequence);
+    let not_held = InspectError::NotHeld(sequence);
+    let Some(first) = at.checked_sub(1).and_then(|at| firsts.get(at)) else { return Err(not_held) };
+    let chunk = load(storage, log, *first).await?;
+    if chunk.end() > sequence { Ok(chunk) } else { Err(not_held) }
 }
 
 /// Chunks in their order, a few read ahead.
 pub fn load_all<'a>(
     storage: &'a Storage,
+    log: &'a Identity,
     first_sequences: impl IntoIterator<Item = u64> + 'a,
-) -> impl StreamExt<Item = Result<Chunk, InspectError>> + 'a {
-    stream::iter(first_sequences).map(move |first| load(storage, first)).buffered(4)
+) -> impl Stream<Item = Result<Chunk, InspectError>> + 'a {
+    stream::iter(first_sequences).map(move |first| load(storage, log, first)).buffered(READ_AHEAD)
 }

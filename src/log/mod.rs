@@ -8,14 +8,17 @@
 //! log/log.json                              what the log is: its id, its teacher, its format
 //! log/chunks/FIRST_SEQUENCE.safetensors     a chunk, 20 digits
 //! log/quarantine/FIRST_SEQUENCE-COUNT.safetensors   a chunk that turned out to be damaged
+//! log/evicted/FIRST_SEQUENCE-COUNT          on record: retention let go of these images
 //! ```
 
 mod cache;
 pub mod chunk;
 mod cursor;
+mod evicted;
 mod index;
 pub mod inspect;
 mod open;
+pub mod verify;
 
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant, SystemTime};
@@ -36,7 +39,7 @@ pub use chunk::{Chunk, ChunkError, FORMAT};
 pub use cursor::CursorError;
 use index::Index;
 pub use index::{Entry, Extent, Located, Retention};
-pub use open::{Maker, OpenError};
+pub use open::{Identity, Maker, OpenError};
 
 /// How often the storage is looked through for chunks of other replicas.
 const FOLLOW: Duration = Duration::from_secs(2);
@@ -229,16 +232,18 @@ impl Log {
 
     /// Lets go of what retention does not keep. Readers of an evicted chunk finish with the bytes they hold.
     pub async fn retain(&self) -> Result<(), StorageError> {
-        let victims = {
+        let victims: Vec<Arc<Entry>> = {
             let mut index = self.index_mut();
             let victims = index.victims(&self.options.retention, SystemTime::now());
             // Out of the index first: no new reader starts on what is about to go.
-            victims.iter().for_each(|first| index.evict(*first));
-            victims
+            victims.into_iter().filter_map(|first| index.evict(first)).collect()
         };
-        for first in victims {
+        let (Some(oldest), Some(newest)) = (victims.first(), victims.last()) else { return Ok(()) };
+        // What fails from here on leaves chunks over: the next start finds them again and evicts them then.
+        evicted::record(&self.storage, oldest.summary.first_sequence, newest.summary.end()).await?;
+        for victim in victims {
+            let first = victim.summary.first_sequence;
             self.cache.remove(first).await;
-            // Left over where this fails: the next start finds it again and evicts it then.
             self.storage.delete(&open::chunk_name(first)).await?;
             counter!(telemetry::LOG_EVICTED_CHUNKS).increment(1);
         }
@@ -273,7 +278,7 @@ impl Log {
     pub async fn load(&self, first_sequence: u64) -> Result<Arc<Chunk>, ReadError> {
         let result = self.cache.get(first_sequence, || self.fetch(first_sequence)).await;
         match &result {
-            Err(ReadError::Gone) => self.index_mut().evict(first_sequence),
+            Err(ReadError::Gone) => drop(self.index_mut().evict(first_sequence)),
             Err(ReadError::Storage(_)) => counter!(telemetry::STORAGE_ERRORS, "operation" => "read").increment(1),
             _ => {}
         }
@@ -288,7 +293,7 @@ impl Log {
             let object = self.storage.get(&name).await.map_err(|e| ReadError::Storage(e.to_string()))?;
             let object = object.ok_or(ReadError::Gone)?;
             match blocking(move || Chunk::parse(object)).await.map_err(ReadError::Storage)? {
-                Ok(chunk) => match self.belongs(&chunk, first_sequence) {
+                Ok(chunk) => match chunk.check(first_sequence, self.identity.geometry, self.identity.num_classes) {
                     Ok(()) => return Ok(Arc::new(chunk)),
                     Err(why) => problem = why,
                 },
@@ -299,19 +304,6 @@ impl Log {
         let count = lost.map_or(0, |entry| u64::from(entry.summary.count));
         self.quarantine(first_sequence, count, &problem).await;
         Err(ReadError::Damaged)
-    }
-
-    /// Whether an intact chunk is one of this log, at this place.
-    fn belongs(&self, chunk: &Chunk, first_sequence: u64) -> Result<(), String> {
-        let ours = (self.identity.geometry, self.identity.num_classes);
-        if chunk.first_sequence() != first_sequence {
-            return Err(format!("it says that its first sequence is {}", chunk.first_sequence()));
-        }
-        if (chunk.geometry, chunk.num_classes) != ours {
-            let (geometry, classes) = (chunk.geometry, chunk.num_classes);
-            return Err(format!("it holds images of {geometry:?} with {classes} logits, and the log {ours:?}"));
-        }
-        Ok(())
     }
 
     async fn quarantine(&self, first_sequence: u64, count: u64, problem: &str) {

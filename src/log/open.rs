@@ -21,6 +21,8 @@ const IDENTITY: &str = "log/log.json";
 pub(super) const CHUNKS: &str = "log/chunks/";
 /// Where damaged chunks lie.
 const QUARANTINE: &str = "log/quarantine/";
+/// Where it is on record what retention let go of.
+pub(super) const EVICTED: &str = "log/evicted/";
 /// The `format` in the log's identity.
 const FORMAT: &str = "dreamfeed.log.v1";
 /// So much is read of each chunk at first: enough for some two thousand images.
@@ -51,15 +53,26 @@ pub(super) enum HeadError {
     Chunk(ChunkError),
 }
 
-/// `log/log.json`.
-#[derive(Debug, Serialize, Deserialize)]
-struct Identity {
+/// What a log is: `log/log.json`, written once.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Identity {
     format: String,
-    log_id: Uuid,
-    teacher_sha256: String,
+    /// The log.
+    pub log_id: Uuid,
+    /// `NetworkSource::identity` of the teacher that it is dreamed from.
+    pub teacher_sha256: String,
     /// C, H, W of every image.
     geometry: [usize; 3],
-    num_classes: usize,
+    /// K.
+    pub num_classes: usize,
+}
+
+impl Identity {
+    /// The size of every image.
+    pub fn geometry(&self) -> Geometry {
+        let [channels, height, width] = self.geometry;
+        Geometry { channels, height, width }
+    }
 }
 
 /// The name of the chunk that begins with this sequence. The order of names is the order of sequences.
@@ -77,8 +90,14 @@ pub(super) fn first_sequence(name: &str) -> Option<u64> {
     (digits.len() == 20).then(|| digits.parse().ok()).flatten()
 }
 
-fn quarantined(name: &str) -> Option<(u64, u64)> {
-    let (first, count) = name.strip_prefix(QUARANTINE)?.strip_suffix(".safetensors")?.split_once('-')?;
+pub(super) fn evicted_name(first: u64, end: u64) -> String {
+    format!("{EVICTED}{first:020}-{}", end.saturating_sub(first))
+}
+
+/// The stretch in the name of a damaged chunk or of a record: first sequence, and the one behind.
+pub(super) fn stretch(folder: &str, name: &str) -> Option<(u64, u64)> {
+    let name = name.strip_prefix(folder)?;
+    let (first, count) = name.strip_suffix(".safetensors").unwrap_or(name).split_once('-')?;
     let first: u64 = first.parse().ok()?;
     Some((first, first.checked_add(count.parse().ok()?)?))
 }
@@ -114,18 +133,28 @@ pub(super) async fn read_head(storage: &Storage, found: &Found) -> Result<Option
 
 /// What is known of a log without its teacher.
 pub(super) struct Contents {
-    pub log_id: Uuid,
-    pub teacher_sha256: String,
-    pub geometry: [usize; 3],
-    pub num_classes: usize,
+    pub identity: Identity,
+    /// In order of their first sequences.
     pub entries: Vec<Entry>,
-    pub damaged: Vec<(Found, ChunkError)>,
+    pub damaged: Vec<DamagedHead>,
+    /// Stretches in quarantine.
     pub lost: Vec<(u64, u64)>,
+    /// Stretches that retention let go of.
+    pub evicted: Vec<(u64, u64)>,
     pub strange: Vec<String>,
 }
 
-/// Reads what the log in a storage is and holds; None where there is none. Changes nothing.
-pub(super) async fn read(storage: &Storage) -> Result<Option<Contents>, OpenError> {
+/// A chunk whose beginning cannot be read.
+pub(super) struct DamagedHead {
+    pub name: String,
+    pub first: u64,
+    /// The sequence behind it: the next chunk's, if it can hold so many images.
+    pub end: u64,
+    pub error: ChunkError,
+}
+
+/// Reads what the log in a storage is; None where there is none.
+pub(super) async fn identity(storage: &Storage) -> Result<Option<Identity>, OpenError> {
     let refused = |problem| OpenError::Refused { location: storage.location().to_owned(), problem };
     let Some(identity) = storage.get(IDENTITY).await? else {
         return Ok(None);
@@ -137,22 +166,22 @@ pub(super) async fn read(storage: &Storage) -> Result<Option<Contents>, OpenErro
             identity.format
         )));
     }
+    Ok(Some(identity))
+}
+
+/// Reads what the log in a storage is and holds; None where there is none. Changes nothing.
+pub(super) async fn read(storage: &Storage) -> Result<Option<Contents>, OpenError> {
+    let Some(identity) = identity(storage).await? else {
+        return Ok(None);
+    };
     let mut contents = Contents {
-        log_id: identity.log_id,
-        teacher_sha256: identity.teacher_sha256,
-        geometry: identity.geometry,
-        num_classes: identity.num_classes,
+        identity,
         entries: Vec::new(),
         damaged: Vec::new(),
         lost: Vec::new(),
+        evicted: Vec::new(),
         strange: Vec::new(),
     };
-    for found in storage.list(QUARANTINE, None).await? {
-        match quarantined(&found.name) {
-            Some(range) => contents.lost.push(range),
-            None => contents.strange.push(found.name),
-        }
-    }
     let mut chunks = Vec::new();
     for found in storage.list(CHUNKS, None).await? {
         match first_sequence(&found.name) {
@@ -165,15 +194,30 @@ pub(super) async fn read(storage: &Storage) -> Result<Option<Contents>, OpenErro
         .buffered(READERS)
         .collect::<Vec<_>>()
         .await;
+    let mut damaged = Vec::new();
     for (head, found) in heads {
         match head {
             Ok(Some(entry)) => contents.entries.push(entry),
             Ok(None) => {}
             Err(HeadError::Storage(error)) => return Err(error.into()),
-            Err(HeadError::Chunk(error @ ChunkError::UnknownFormat { .. })) => {
-                return Err(refused(format!("{}: {error}", found.name)));
+            Err(HeadError::Chunk(error)) => damaged.push((found, error)),
+        }
+    }
+    for (found, error) in damaged {
+        let Some(first) = first_sequence(&found.name) else { continue };
+        let next = contents.entries.iter().map(|entry| entry.summary.first_sequence).find(|next| *next > first);
+        let (geometry, num_classes) = (contents.identity.geometry(), contents.identity.num_classes);
+        let most = first.saturating_add(most_images(&found, geometry, num_classes));
+        let end = next.unwrap_or(most).min(most);
+        contents.damaged.push(DamagedHead { name: found.name, first, end, error });
+    }
+    // After the chunks: a daemon at work records before it deletes, and what it moves aside in the meantime shows here.
+    for (folder, stretches) in [(QUARANTINE, &mut contents.lost), (EVICTED, &mut contents.evicted)] {
+        for found in storage.list(folder, None).await? {
+            match stretch(folder, &found.name) {
+                Some(range) => stretches.push(range),
+                None => contents.strange.push(found.name),
             }
-            Err(HeadError::Chunk(error)) => contents.damaged.push((found, error)),
         }
     }
     Ok(Some(contents))
@@ -217,24 +261,25 @@ impl Log {
                 })?
             }
         };
-        if contents.teacher_sha256 != teacher_sha256 {
+        let found = &contents.identity;
+        if found.teacher_sha256 != teacher_sha256 {
             let short = |sha256: &str| sha256.chars().take(12).collect::<String>();
             return Err(OpenError::Refused {
                 location: storage.location().to_owned(),
                 problem: format!(
                     "it was dreamed from the teacher {}, not from {}; give that teacher, or another --store",
-                    short(&contents.teacher_sha256),
+                    short(&found.teacher_sha256),
                     short(&teacher_sha256)
                 ),
             });
         }
-        if (contents.geometry, contents.num_classes) != (shape, num_classes) {
+        if (found.geometry, found.num_classes) != (shape, num_classes) {
             return Err(OpenError::Refused {
                 location: storage.location().to_owned(),
                 problem: format!(
                     "it holds images of {:?} with {} logits each, not of {shape:?} with {num_classes}; give the same \
                      --image-size again, or another --store",
-                    contents.geometry, contents.num_classes
+                    found.geometry, found.num_classes
                 ),
             });
         }
@@ -242,20 +287,21 @@ impl Log {
             tracing::warn!(name, "an object in the log is none of its own; it is left alone");
         }
         let mut lost = contents.lost;
-        let mut damaged = Vec::new();
-        for (found, error) in contents.damaged {
-            let Some(first) = first_sequence(&found.name) else { continue };
-            let next = contents.entries.iter().map(|entry| entry.summary.first_sequence).find(|next| *next > first);
-            let most = first.saturating_add(most_images(&found, geometry, num_classes));
-            let end = next.unwrap_or(most).min(most);
-            lost.push((first, end));
-            damaged.push((first, end - first, error));
+        for DamagedHead { name, first, end, error } in &contents.damaged {
+            // Of a newer version, not damaged: nothing may be written after what we cannot read.
+            if matches!(error, ChunkError::UnknownFormat { .. }) {
+                return Err(OpenError::Refused {
+                    location: storage.location().to_owned(),
+                    problem: format!("{name}: {error}"),
+                });
+            }
+            lost.push((*first, *end));
         }
         let index = Index::new(contents.entries, lost);
         let extent = index.extent();
         let log = Arc::new(Self {
             identity: LogIdentity {
-                log_id: contents.log_id,
+                log_id: contents.identity.log_id,
                 replica: Uuid::new_v4().to_string(),
                 teacher_sha256,
                 geometry,
@@ -269,8 +315,8 @@ impl Log {
             next: watch::Sender::new(extent.next_sequence),
             cache: Cache::new(options.cache_bytes),
         });
-        for (first, count, error) in damaged {
-            log.quarantine(first, count, &error.to_string()).await;
+        for DamagedHead { first, end, error, .. } in contents.damaged {
+            log.quarantine(first, end - first, &error.to_string()).await;
         }
         log.storage.sweep().await;
         tracing::info!(

@@ -15,7 +15,7 @@ use tokio::sync::{Semaphore, watch};
 
 use crate::model::checkpoint::Checkpoint;
 use crate::model::spec::NetworkSpec;
-use crate::storage::{Storage, StorageError};
+use crate::storage::{Storage, StorageError, blocking};
 
 pub use error::PushError;
 pub(crate) use error::beginning;
@@ -77,6 +77,35 @@ pub struct Accepted {
     pub student: Arc<Student>,
     /// Whether it already was the current version, so that no new one was made.
     pub already_current: bool,
+}
+
+/// What lies in a storage's place for students.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Audit {
+    /// Versions whose bytes are those that were pushed.
+    pub sound: Vec<u64>,
+    /// Versions that are not: name and problem.
+    pub damaged: Vec<(String, String)>,
+    /// Names of objects that are no students.
+    pub strange: Vec<String>,
+}
+
+/// Reads every stored student, one at a time, and proves its SHA-256. Changes nothing.
+pub async fn audit(storage: &Storage) -> Result<Audit, StorageError> {
+    let mut audit = Audit::default();
+    for found in storage.list(object::FOLDER, None).await? {
+        let Some(version) = object::version(&found.name) else {
+            audit.strange.push(found.name);
+            continue;
+        };
+        // One that is gone since the listing was let go of for newer ones.
+        let Some(bytes) = storage.get(&found.name).await? else { continue };
+        match blocking(move || object::read(version, bytes)).await.and_then(|read| read) {
+            Ok(_) => audit.sound.push(version),
+            Err(problem) => audit.damaged.push((found.name, problem)),
+        }
+    }
+    Ok(audit)
 }
 
 /// Takes pushes and keeps the newest versions. Cheap to share.

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,27 +90,25 @@ def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def client(contract: Contract, teacher_file: Path, tmp_path: Path) -> Iterator[Client]:
-    """A fresh daemon with the cheap synthesizer on free ports; it must drain and exit with 0 on SIGTERM."""
+@contextlib.contextmanager
+def daemon(teacher_file: Path, folder: Path) -> Iterator[tuple[str, subprocess.Popen, Path]]:
+    """A fresh daemon with the cheap synthesizer on free ports, its store in `folder`/store: its address, its process
+    and its log. It must drain and exit with 0 on SIGTERM."""
     if not BINARY.exists():
         pytest.fail(f"{BINARY} is not built; `make test` builds it")
-    ready_file, log = tmp_path / "ready.json", tmp_path / "serve.log"
+    ready_file, log = folder / "ready.json", folder / "serve.log"
     command = [
         str(BINARY),
         "serve",
         *("--teacher", str(teacher_file), "--synthesizer", "noise", "--batch-size", str(BATCH)),
-        *("--store", str(tmp_path / "store")),
+        *("--store", str(folder / "store")),
         *("--max-images", str(4 * BATCH), "--seed", "7", "--threads", "1"),
         *("--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", "--ready-file", str(ready_file)),
     ]
     with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, cwd=tmp_path)
+        process = subprocess.Popen(command, stdout=file, stderr=file, cwd=folder)
     try:
-        address = wait_until_ready(process, ready_file, log)
-        options = [("grpc.max_receive_message_length", 64 << 20)]
-        with grpc.insecure_channel(address, options=options) as channel:
-            yield Client(contract.services.DreamfeedServiceStub(channel), contract.messages, process, log)
+        yield wait_until_ready(process, ready_file, log), process, log
         process.send_signal(signal.SIGTERM)
         assert process.wait(15) == 0, log.read_text()
     finally:
@@ -118,12 +117,23 @@ def client(contract: Contract, teacher_file: Path, tmp_path: Path) -> Iterator[C
             process.wait()
 
 
+@pytest.fixture
+def client(contract: Contract, teacher_file: Path, tmp_path: Path) -> Iterator[Client]:
+    with daemon(teacher_file, tmp_path) as (address, process, log):
+        options = [("grpc.max_receive_message_length", 64 << 20)]
+        with grpc.insecure_channel(address, options=options) as channel:
+            yield Client(contract.services.DreamfeedServiceStub(channel), contract.messages, process, log)
+
+
 def wait_until_ready(process: subprocess.Popen, ready_file: Path, log: Path) -> str:
-    """The address of the daemon's gRPC port."""
+    """The address of the daemon's gRPC port, once the teacher is on the device: the file only tells of the ports."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         assert process.poll() is None, f"the daemon exited with {process.returncode}:\n{log.read_text()}"
+        # An HTTP error is an OSError too.
         with contextlib.suppress(OSError, ValueError, KeyError):
-            return json.loads(ready_file.read_text())["grpc"]
+            ports = json.loads(ready_file.read_text())
+            urllib.request.urlopen(f"http://{ports['admin']}/readyz", timeout=10).close()
+            return ports["grpc"]
         time.sleep(0.05)
     pytest.fail(f"the daemon was not ready within 60 s:\n{log.read_text()}")

@@ -30,12 +30,13 @@ struct Bare(Vec<Bytes>);
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
-        let storage = Storage::open(&args.store)?;
+        let storage = Storage::open_existing(&args.store)?;
         let log = inspect::inspect(&storage).await?;
         let log = log.ok_or_else(|| anyhow::anyhow!("there is no log in {}; let a daemon make one", args.store))?;
         let mut payloads = Vec::new();
         for entry in log.entries {
-            payloads.push(inspect::load(&storage, entry.summary.first_sequence).await?.payload().clone());
+            let first_sequence = entry.summary.first_sequence;
+            payloads.push(inspect::load(&storage, &log.identity, first_sequence).await?.payload().clone());
         }
         let incoming = TcpIncoming::bind(SocketAddr::from(([127, 0, 0, 1], 0)))?.with_nodelay(Some(true));
         let mut out = stdout();

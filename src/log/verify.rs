@@ -1,0 +1,186 @@
+//! Whether a log is sound: every checksum, and whether sequences follow each other without holes or overlaps.
+//!
+//! What can be told from outside, and what cannot: before retention deletes, it puts on record what goes. So a hole that
+//! a record covers was let go of, wherever it lies (before the tail, or between a protected seed set and the tail), and
+//! any other hole is a loss, be it made by a hand, a rule of the bucket, or the storage. What lies behind the newest
+//! chunk that is left cannot be missed: nothing says how far the log once went. A chunk's checksum covers its tensors;
+//! its metadata is held against its name, its tensors' shapes and the log's identity.
+
+use futures_util::{StreamExt, pin_mut};
+use serde::Serialize;
+
+use super::inspect::{self, InspectError, Inspection};
+use crate::storage::{Storage, StorageError};
+
+/// What can be found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// A chunk whose bytes are not those that were written.
+    Checksum,
+    /// A chunk whose beginning cannot be read.
+    Header,
+    /// An intact chunk of another log.
+    Foreign,
+    /// Images that no chunk holds, and that retention did not let go of.
+    Gap,
+    /// Images that two chunks hold.
+    Overlap,
+    /// Images whose chunk was damaged and lies in quarantine.
+    Quarantined,
+    /// An object that has no business where it lies.
+    Strange,
+    /// A stored student that is damaged.
+    Student,
+    /// Images that retention let go of: a note, nothing is wrong.
+    Evicted,
+}
+
+impl Kind {
+    /// Whether something is wrong; otherwise it is a note.
+    pub fn is_problem(self) -> bool {
+        self != Self::Evicted
+    }
+
+    /// Its name in text and JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Checksum => "checksum",
+            Self::Header => "header",
+            Self::Foreign => "foreign",
+            Self::Gap => "gap",
+            Self::Overlap => "overlap",
+            Self::Quarantined => "quarantined",
+            Self::Strange => "strange",
+            Self::Student => "student",
+            Self::Evicted => "evicted",
+        }
+    }
+}
+
+/// One thing that was found.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Finding {
+    /// What it is.
+    pub kind: Kind,
+    /// The object, where it is one object's matter.
+    pub object: Option<String>,
+    /// The first image concerned, where it is known.
+    pub first_sequence: Option<u64>,
+    /// The sequence behind the last one.
+    pub end: Option<u64>,
+    /// One sentence.
+    pub message: String,
+}
+
+impl Finding {
+    /// Something about an object.
+    pub fn object(kind: Kind, name: String, message: impl Into<String>) -> Self {
+        Self { kind, object: Some(name), first_sequence: None, end: None, message: message.into() }
+    }
+
+    fn images(kind: Kind, (first, end): (u64, u64), message: impl Into<String>) -> Self {
+        Self { kind, object: None, first_sequence: Some(first), end: Some(end), message: message.into() }
+    }
+
+    fn at(self, (first, end): (u64, u64)) -> Self {
+        Self { first_sequence: Some(first), end: Some(end), ..self }
+    }
+}
+
+/// All that can be found without reading whole chunks. Pure.
+pub fn layout(log: &Inspection) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for name in &log.strange {
+        findings.push(Finding::object(Kind::Strange, name.clone(), "it is no object of the log"));
+    }
+    for head in &log.damaged {
+        let finding = Finding::object(Kind::Header, head.name.clone(), &head.problem);
+        findings.push(finding.at((head.first_sequence, head.end)));
+    }
+    for lost in &log.quarantined {
+        let message = "their chunk was damaged, and lies in log/quarantine";
+        findings.push(Finding::images(Kind::Quarantined, *lost, message));
+    }
+    let mut held: Vec<(u64, u64)> = Vec::new();
+    for entry in &log.entries {
+        let (first, end) = (entry.summary.first_sequence, entry.summary.end());
+        if let Some(before) = held.last().filter(|before| before.1 > first) {
+            let message = format!("the chunk before, which begins with {}, holds them too", before.0);
+            let finding = Finding::object(Kind::Overlap, inspect::object_name(first), message);
+            findings.push(finding.at((first, before.1.min(end))));
+        }
+        // The one that reaches furthest is what the next is held against.
+        held.push(held.last().filter(|before| before.1 > end).copied().unwrap_or((first, end)));
+    }
+    let damaged = log.damaged.iter().map(|head| (head.first_sequence, head.end));
+    let known = merged(held.into_iter().chain(log.quarantined.iter().copied()).chain(damaged));
+    let evicted = merged(log.evicted.iter().copied());
+    let mut reached = 0;
+    for (first, end) in known {
+        findings.extend(hole((reached, first), &evicted));
+        reached = end;
+    }
+    findings
+}
+
+/// What a hole in the log consists of: stretches that are on record as evicted, and stretches that are not.
+fn hole((mut from, to): (u64, u64), evicted: &[(u64, u64)]) -> Vec<Finding> {
+    let gap = |range| Finding::images(Kind::Gap, range, "no chunk holds them, and retention did not let go of them");
+    let mut findings = Vec::new();
+    for (first, end) in evicted {
+        let (first, end) = (from.max(*first), to.min(*end));
+        if first >= end {
+            continue;
+        }
+        if from < first {
+            findings.push(gap((from, first)));
+        }
+        findings.push(Finding::images(Kind::Evicted, (first, end), "retention let go of them"));
+        from = end;
+    }
+    if from < to {
+        findings.push(gap((from, to)));
+    }
+    findings
+}
+
+/// Stretches in their order, those that touch or overlap made one.
+fn merged(stretches: impl Iterator<Item = (u64, u64)>) -> Vec<(u64, u64)> {
+    let mut sorted: Vec<(u64, u64)> = stretches.collect();
+    sorted.sort_unstable();
+    let mut merged: Vec<(u64, u64)> = Vec::new();
+    for (first, end) in sorted {
+        match merged.last_mut() {
+            Some(last) if first <= last.1 => last.1 = last.1.max(end),
+            _ => merged.push((first, end)),
+        }
+    }
+    merged
+}
+
+/// Everything that is wrong with a log, its layout and every chunk's checksum; notes too. Reads the whole log, a few
+/// chunks at a time.
+pub async fn verify(storage: &Storage, log: &Inspection) -> Result<Vec<Finding>, StorageError> {
+    let mut findings = layout(log);
+    let firsts = log.entries.iter().map(|entry| entry.summary.first_sequence);
+    let chunks = inspect::load_all(storage, &log.identity, firsts).zip(futures_util::stream::iter(&log.entries));
+    pin_mut!(chunks);
+    while let Some((chunk, entry)) = chunks.next().await {
+        let finding = match chunk {
+            Ok(_) => continue,
+            Err(InspectError::Storage(error)) => return Err(error),
+            Err(InspectError::Damaged { name, problem }) => Finding::object(Kind::Checksum, name, problem),
+            Err(InspectError::Foreign { name, problem }) => Finding::object(Kind::Foreign, name, problem),
+            // It was listed: a daemon at work let go of it since.
+            Err(InspectError::Missing(_) | InspectError::NotHeld(_)) => {
+                let name = inspect::object_name(entry.summary.first_sequence);
+                Finding::object(Kind::Evicted, name, "it went away while the log was being read")
+            }
+        };
+        findings.push(finding.at((entry.summary.first_sequence, entry.summary.end())));
+    }
+    // By place, and what has none first.
+    findings.sort_by_key(|finding| (finding.first_sequence, finding.end));
+    Ok(findings)
+}
