@@ -141,15 +141,15 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     };
     let summary = distill::run(&options, stop_on_signal)?;
     if args.json {
-        println!("{}", serde_json::to_string(&summary)?);
+        say!("{}", serde_json::to_string(&summary)?);
     } else {
         let accuracy = summary.accuracy.map_or("not measured".into(), |a| format!("{:.2} %", a * 100.0));
-        println!("student accuracy      {accuracy}");
-        println!("training steps        {}", summary.steps);
-        println!("images received       {}", summary.images_received);
-        println!("images consumed       {}", summary.images_consumed);
-        println!("student versions      {}", summary.student_versions_pushed);
-        println!("wall time             {:.1} s", summary.wall_seconds);
+        say!("student accuracy      {accuracy}");
+        say!("training steps        {}", summary.steps);
+        say!("images received       {}", summary.images_received);
+        say!("images consumed       {}", summary.images_consumed);
+        say!("student versions      {}", summary.student_versions_pushed);
+        say!("wall time             {:.1} s", summary.wall_seconds);
     }
     Ok(())
 }

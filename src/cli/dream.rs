@@ -152,13 +152,13 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "seconds_per_image": seconds / count as f64, "teacher_accuracy": teacher_accuracy,
             "verifier_accuracy": verifier_accuracy,
         });
-        println!("{report}");
+        say!("{report}");
     } else {
-        println!("images                {count}");
-        println!("wall time             {seconds:.1} s ({:.2} s an image)", seconds / count as f64);
-        println!("teacher sees class    {:.1} %", teacher_accuracy * 100.0);
+        say!("images                {count}");
+        say!("wall time             {seconds:.1} s ({:.2} s an image)", seconds / count as f64);
+        say!("teacher sees class    {:.1} %", teacher_accuracy * 100.0);
         if let Some(accuracy) = verifier_accuracy {
-            println!("verifier sees class   {:.1} %", accuracy * 100.0);
+            say!("verifier sees class   {:.1} %", accuracy * 100.0);
         }
     }
     Ok(())

@@ -33,9 +33,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let network = Teacher::load(&source, device, tch::Kind::Float);
     let accuracy = data.accuracy(|pixels| network.network.logits(&network.pixels.normalize(pixels)));
     if args.json {
-        println!("{}", serde_json::json!({ "accuracy": accuracy, "count": data.count() }));
+        say!("{}", serde_json::json!({ "accuracy": accuracy, "count": data.count() }));
     } else {
-        println!("accuracy {:.2} % on {} pictures", accuracy * 100.0, data.count());
+        say!("accuracy {:.2} % on {} pictures", accuracy * 100.0, data.count());
     }
     Ok(())
 }

@@ -1,5 +1,12 @@
 //! The command line: one file a subcommand, each with `Args` and `run`.
 
+/// Prints a line to standard output; returns early where that fails.
+macro_rules! say {
+    ($($text:tt)*) => {
+        crate::cli::print(&(format!($($text)*) + "\n"))?
+    };
+}
+
 mod arguments;
 pub mod bench;
 pub mod distill;
@@ -7,6 +14,8 @@ pub mod dream;
 pub mod evaluate;
 pub mod log;
 pub mod serve;
+
+use std::io::{self, Write};
 
 use clap::{Parser, Subcommand};
 
@@ -45,6 +54,15 @@ pub fn run() -> anyhow::Result<()> {
         Command::Dream(args) => dream::run(*args),
         Command::Bench(args) => bench::run(*args),
         Command::Log(args) => log::run(*args),
+    }
+}
+
+/// Prints to standard output. Whoever closed it (`| head`) has read enough, and that is no error.
+fn print(text: &str) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        printed => printed,
     }
 }
 

@@ -107,13 +107,13 @@ async fn measure(args: &Args) -> anyhow::Result<()> {
             "bytes_per_second": speed, "p50_milliseconds": p50, "p99_milliseconds": p99,
             "latencies": latencies.len(), "server_cpu_seconds": cpu, "copy_bytes_per_second": copied,
         });
-        println!("{report}");
+        say!("{report}");
     } else {
-        println!("{} streams: {:.2} GB/s in {messages} messages", args.streams, speed / 1e9);
+        say!("{} streams: {:.2} GB/s in {messages} messages", args.streams, speed / 1e9);
         if args.mode == Mode::Live {
-            println!("from durable to received: p50 {p50:.1} ms, p99 {p99:.1} ms of {} messages", latencies.len());
+            say!("from durable to received: p50 {p50:.1} ms, p99 {p99:.1} ms of {} messages", latencies.len());
         }
-        println!("plain memory copy, one thread: {:.2} GB/s", copied / 1e9);
+        say!("plain memory copy, one thread: {:.2} GB/s", copied / 1e9);
     }
     Ok(())
 }

@@ -42,9 +42,9 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
         let report = serde_json::json!({
             "calls": args.calls, "p50_milliseconds": p50, "p99_milliseconds": p99, "max_milliseconds": longest,
         });
-        println!("{report}");
+        say!("{report}");
     } else {
-        println!("Describe, {} calls: p50 {p50:.2} ms, p99 {p99:.2} ms, longest {longest:.2} ms", args.calls);
+        say!("Describe, {} calls: p50 {p50:.2} ms, p99 {p99:.2} ms, longest {longest:.2} ms", args.calls);
     }
     Ok(())
 }

@@ -116,11 +116,11 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
         let report = serde_json::json!({
             "step_seconds": step, "bare_seconds": bare, "batch": args.batch, "steps": args.steps, "competes": competes,
         });
-        println!("{report}");
+        say!("{report}");
     } else {
-        println!("one step                                   {:.4} s (median of {})", step, args.steps);
-        println!("bare forward and backward of the networks  {bare:.4} s (ratio {:.2})", step / bare);
-        println!("images a second and step                   {:.0}", args.batch as f64 / step);
+        say!("one step                                   {:.4} s (median of {})", step, args.steps);
+        say!("bare forward and backward of the networks  {bare:.4} s (ratio {:.2})", step / bare);
+        say!("images a second and step                   {:.0}", args.batch as f64 / step);
     }
     Ok(())
 }

@@ -5,9 +5,9 @@ mod ls;
 mod show;
 mod verify;
 
-use std::io::{self, Write};
 use std::ops::Range;
 
+use super::print;
 use crate::log::{Identity, OpenError};
 use crate::storage::Storage;
 
@@ -59,15 +59,6 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             What::Export(args) => export::run(args).await,
         }
     })
-}
-
-/// Prints to standard output. Whoever closed it (`| head`) has read enough, and that is no error.
-fn print(text: &str) -> io::Result<()> {
-    let mut out = io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        printed => printed,
-    }
 }
 
 /// `images 0 to 63`: both are of the range.
