@@ -236,7 +236,19 @@ impl Storage {
     }
 
     /// Every object under a prefix that ends in a slash, in order of name; with `after`, only the names behind that one.
+    /// Where an object is in the list, so is every one with a smaller name that was there before it and still is.
     pub async fn list(&self, prefix: &str, after: Option<&str>) -> Result<Vec<Found>, StorageError> {
+        let mut found = self.list_once(prefix, after).await?;
+        if let (Some(newest), true) = (found.last().map(|found| found.name.clone()), self.folder.is_some()) {
+            // A folder is not read at one instant: of two files that are made meanwhile, the later one may show and the
+            // earlier one not. Whatever was there before the newest one shows in a second look.
+            let again = self.list_once(prefix, after).await?;
+            found = again.into_iter().filter(|found| found.name <= newest).collect();
+        }
+        Ok(found)
+    }
+
+    async fn list_once(&self, prefix: &str, after: Option<&str>) -> Result<Vec<Found>, StorageError> {
         let (folder, root) = (self.path(prefix), self.root.clone());
         let listing = async {
             let stream = match after {

@@ -162,7 +162,12 @@ impl Subscription {
                 Some(size) => self.fresh_due(size),
                 None => 1,
             };
-            self.find_fresh(fresh_wanted).await?;
+            // Where the log breaks off, what was found before goes out first, in a message that may be short: whoever goes
+            // on behind the break never comes back for it. The next call meets the break again.
+            let broken = match self.find_fresh(fresh_wanted).await {
+                Err(end) if self.picked.is_empty() => return Err(end),
+                found => found.is_err(),
+            };
             if self.drop_stale() {
                 continue;
             }
@@ -173,7 +178,7 @@ impl Subscription {
                     self.draw_replayed(size - most).await?
                 }
                 // Without replay a message waits until it is full.
-                Some(size) if self.picked.len() < size => return Ok(None),
+                Some(size) if self.picked.len() < size && !broken => return Ok(None),
                 _ => Vec::new(),
             };
             let fresh = if batch_size.is_some() { fresh_wanted.min(self.picked.len()) } else { self.picked.len() };

@@ -152,17 +152,20 @@ impl Index {
         Some(entry)
     }
 
-    /// A chunk turned out to be damaged.
-    pub fn lose(&mut self, first: u64) -> Option<Arc<Entry>> {
-        let entry = self.remove(first)?;
-        self.mark_lost(first, entry.summary.end());
-        Some(entry)
+    /// A chunk turned out to be damaged; the number of its images.
+    pub fn lose(&mut self, first: u64) -> u64 {
+        if let Some(entry) = self.remove(first) {
+            self.mark_lost(first, entry.summary.end());
+        }
+        self.lost.get(&first).map_or(0, |end| end.saturating_sub(first))
     }
 
     /// A stretch of the log is damaged.
     pub fn mark_lost(&mut self, first: u64, end: u64) {
-        self.lost.insert(first, end);
-        self.extent.lost_images += end.saturating_sub(first);
+        let before = self.lost.get(&first).copied().unwrap_or(first);
+        // A chunk can be found damaged twice, the second time without its length.
+        self.lost.insert(first, end.max(before));
+        self.extent.lost_images += end.saturating_sub(before);
         self.extent.next_sequence = self.extent.next_sequence.max(end);
         self.generation += 1;
     }

@@ -20,7 +20,8 @@ pub mod inspect;
 mod open;
 pub mod verify;
 
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
@@ -29,7 +30,7 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use crate::model::source::Geometry;
-use crate::storage::{Created, Storage, StorageError, blocking};
+use crate::storage::{Created, Found, Storage, StorageError, blocking};
 use crate::synthesis::batch::DreamBatch;
 use crate::telemetry;
 
@@ -43,6 +44,10 @@ pub use open::{Identity, Maker, OpenError};
 
 /// How often the storage is looked through for chunks of other replicas.
 const FOLLOW: Duration = Duration::from_secs(2);
+/// A daemon that has not looked for so long (it was stopped, or the storage did not answer) looks again before it appends:
+/// the sequence that it takes for the next one may have been used by another replica, and evicted again. So what retention
+/// keeps must be more than all replicas make within this and one put.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
 /// How often retention by age is looked after, and remains are swept.
 const UPKEEP: Duration = Duration::from_secs(30);
 
@@ -105,6 +110,10 @@ pub struct Log {
     options: LogOptions,
     /// One appending task at a time.
     writer: tokio::sync::Mutex<()>,
+    /// Evicted chunks that the storage still holds: first sequence to the one behind.
+    evicting: tokio::sync::Mutex<BTreeMap<u64, u64>>,
+    /// When the end of the log was last known for certain.
+    looked: Mutex<Instant>,
     index: RwLock<Index>,
     next: watch::Sender<u64>,
     cache: Cache,
@@ -139,7 +148,11 @@ impl Log {
     pub async fn append(&self, batch: &Arc<DreamBatch>) -> Result<u64, AppendError> {
         let _writer = self.writer.lock().await;
         let began = Instant::now();
+        if self.looked().elapsed() > LOOK_AGAIN {
+            self.refresh().await?;
+        }
         loop {
+            let asked = Instant::now();
             let first_sequence = self.extent().next_sequence;
             let (batch, identity) = (batch.clone(), self.identity.clone());
             let encode = move || Chunk::encode(&batch, first_sequence, &identity);
@@ -152,6 +165,7 @@ impl Log {
             let entry = Entry { summary: chunk.summary.clone(), bytes };
             self.cache.put(Arc::new(chunk)).await;
             self.take(entry);
+            self.set_looked(asked);
             histogram!(telemetry::LOG_APPEND_SECONDS).record(began.elapsed().as_secs_f64());
             return Ok(first_sequence);
         }
@@ -163,7 +177,7 @@ impl Log {
         let first_sequence = chunk.first_sequence();
         let Some(found) = self
             .storage
-            .list(open::CHUNKS, None)
+            .list(open::CHUNKS, first_sequence.checked_sub(1).map(open::chunk_name).as_deref())
             .await?
             .into_iter()
             .find(|found| open::first_sequence(&found.name) == Some(first_sequence))
@@ -184,9 +198,7 @@ impl Log {
                 }));
             }
             Err(open::HeadError::Chunk(error)) => {
-                let count = open::most_images(&found, chunk.geometry, chunk.num_classes);
-                self.quarantine(first_sequence, count, &error.to_string()).await;
-                self.index_mut().mark_lost(first_sequence, first_sequence + count);
+                self.set_aside(&found, first_sequence, &error).await;
                 return Ok(false);
             }
         };
@@ -196,6 +208,32 @@ impl Log {
         }
         self.take(entry);
         Ok(false)
+    }
+
+    /// Quarantine for what was to be the next chunk and cannot be read; none of the sequences that it may have is given
+    /// again.
+    async fn set_aside(&self, found: &Found, first_sequence: u64, error: &ChunkError) {
+        let count = open::most_images(found, self.identity.geometry, self.identity.num_classes);
+        self.quarantine(first_sequence, count, &error.to_string()).await;
+        let next = {
+            let mut index = self.index_mut();
+            index.mark_lost(first_sequence, first_sequence.saturating_add(count));
+            index.extent().next_sequence
+        };
+        self.wake(next);
+    }
+
+    fn looked(&self) -> Instant {
+        *self.looked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set_looked(&self, at: Instant) {
+        let mut looked = self.looked.lock().unwrap_or_else(PoisonError::into_inner);
+        *looked = at.max(*looked);
+    }
+
+    fn wake(&self, next: u64) {
+        self.next.send_if_modified(|current| std::mem::replace(current, next) != next);
     }
 
     /// Puts a durable chunk into the index and wakes whoever waits for it.
@@ -208,11 +246,12 @@ impl Log {
             }
             index.extent().next_sequence
         };
-        self.next.send_if_modified(|current| std::mem::replace(current, next) != next);
+        self.wake(next);
     }
 
     /// Takes what other replicas wrote since the last look.
     pub async fn refresh(&self) -> Result<(), StorageError> {
+        let asked = Instant::now();
         let newest = self.index().entries().next_back().map(|entry| entry.summary.first_sequence);
         let after = newest.map(open::chunk_name);
         for found in self.storage.list(open::CHUNKS, after.as_deref()).await? {
@@ -220,34 +259,58 @@ impl Log {
                 Ok(Some(entry)) if entry.summary.first_sequence >= self.extent().next_sequence => self.take(entry),
                 Ok(_) => {}
                 Err(open::HeadError::Storage(error)) => return Err(error),
-                // Whoever reads it or appends after it finds out, and says so.
-                Err(open::HeadError::Chunk(error)) => {
-                    tracing::debug!(%error, name = %found.name, "not a chunk of this log");
+                Err(open::HeadError::Chunk(error @ ChunkError::UnknownFormat { .. })) => {
+                    // Whoever appends after it finds out, and says so.
+                    tracing::debug!(%error, name = %found.name, "a newer replica's chunk");
                     return Ok(());
                 }
+                // Left where it is, it would hide from this daemon's readers whatever comes after it.
+                Err(open::HeadError::Chunk(error)) => match open::first_sequence(&found.name) {
+                    Some(first) if first >= self.extent().next_sequence => {
+                        self.set_aside(&found, first, &error).await
+                    }
+                    _ => tracing::debug!(%error, name = %found.name, "not a chunk of this log"),
+                },
             }
         }
+        self.set_looked(asked);
         Ok(())
     }
 
-    /// Lets go of what retention does not keep. Readers of an evicted chunk finish with the bytes they hold.
+    /// Lets go of what retention does not keep. Readers of an evicted chunk finish with the bytes they hold. What the
+    /// storage does not delete now is tried again with the next call.
     pub async fn retain(&self) -> Result<(), StorageError> {
+        let mut evicting = self.evicting.lock().await;
         let victims: Vec<Arc<Entry>> = {
             let mut index = self.index_mut();
             let victims = index.victims(&self.options.retention, SystemTime::now());
             // Out of the index first: no new reader starts on what is about to go.
             victims.into_iter().filter_map(|first| index.evict(first)).collect()
         };
-        let (Some(oldest), Some(newest)) = (victims.first(), victims.last()) else { return Ok(()) };
-        // What fails from here on leaves chunks over: the next start finds them again and evicts them then.
-        evicted::record(&self.storage, oldest.summary.first_sequence, newest.summary.end()).await?;
-        for victim in victims {
-            let first = victim.summary.first_sequence;
-            self.cache.remove(first).await;
-            self.storage.delete(&open::chunk_name(first)).await?;
-            counter!(telemetry::LOG_EVICTED_CHUNKS).increment(1);
+        for victim in &victims {
+            self.cache.remove(victim.summary.first_sequence).await;
         }
-        Ok(())
+        evicting.extend(victims.iter().map(|victim| (victim.summary.first_sequence, victim.summary.end())));
+        if let (Some((first, _)), Some((_, end))) = (evicting.first_key_value(), evicting.last_key_value()) {
+            // On record before anything is gone.
+            evicted::record(&self.storage, *first, *end).await?;
+        }
+        let mut failed = None;
+        // Oldest first, so that what a crash leaves has its holes where the log begins.
+        for first in evicting.keys().copied().collect::<Vec<_>>() {
+            match self.storage.delete(&open::chunk_name(first)).await {
+                Ok(()) => {
+                    evicting.remove(&first);
+                    counter!(telemetry::LOG_EVICTED_CHUNKS).increment(1);
+                }
+                // One that cannot be deleted must not keep the others; a storage that does not answer is left alone.
+                Err(error) => match failed.replace(error) {
+                    None => {}
+                    Some(_) => break,
+                },
+            }
+        }
+        failed.map_or(Ok(()), Err)
     }
 
     /// Follows other replicas and looks after retention, until dropped.
@@ -291,7 +354,10 @@ impl Log {
         // Twice: what was damaged on its way here may still be whole where it lies.
         for _ in 0..2 {
             let object = self.storage.get(&name).await.map_err(|e| ReadError::Storage(e.to_string()))?;
-            let object = object.ok_or(ReadError::Gone)?;
+            let Some(object) = object else {
+                self.let_go().await.map_err(|e| ReadError::Storage(e.to_string()))?;
+                return Err(ReadError::Gone);
+            };
             match blocking(move || Chunk::parse(object)).await.map_err(ReadError::Storage)? {
                 Ok(chunk) => match chunk.check(first_sequence, self.identity.geometry, self.identity.num_classes) {
                     Ok(()) => return Ok(Arc::new(chunk)),
@@ -300,10 +366,42 @@ impl Log {
                 Err(error) => problem = error.to_string(),
             }
         }
-        let lost = self.index_mut().lose(first_sequence);
-        let count = lost.map_or(0, |entry| u64::from(entry.summary.count));
+        let count = self.index_mut().lose(first_sequence);
         self.quarantine(first_sequence, count, &problem).await;
         Err(ReadError::Damaged)
+    }
+
+    /// A chunk is gone that this daemon did not evict. Another replica did, and hardly this one alone: takes everything out
+    /// of the index that is not in the storage any more, so that readers are told where they can really go on.
+    async fn let_go(&self) -> Result<(), StorageError> {
+        let known: Vec<u64> = self.index().entries().map(|entry| entry.summary.first_sequence).collect();
+        let found = self.storage.list(open::CHUNKS, None).await?;
+        let there: BTreeSet<u64> = found.iter().filter_map(|found| open::first_sequence(&found.name)).collect();
+        // Quarantine second: a damaged chunk is there before it is gone from here.
+        let quarantine = self.storage.list(open::QUARANTINE, None).await?;
+        let damaged: BTreeSet<u64> = quarantine
+            .iter()
+            .filter_map(|found| open::stretch(open::QUARANTINE, &found.name))
+            .map(|(first, _)| first)
+            .collect();
+        if there.is_empty() && !known.iter().all(|first| damaged.contains(first)) {
+            // Retention never takes the newest chunk: the folder was emptied, or its disk is not mounted any more.
+            return Err(StorageError::Call {
+                action: "find",
+                name: open::CHUNKS.to_owned(),
+                location: self.storage.location().to_owned(),
+                problem: "no chunk of the log is there any more".to_owned(),
+            });
+        }
+        let mut index = self.index_mut();
+        for first in known.into_iter().filter(|first| !there.contains(first)) {
+            if damaged.contains(&first) {
+                index.lose(first);
+            } else {
+                index.evict(first);
+            }
+        }
+        Ok(())
     }
 
     async fn quarantine(&self, first_sequence: u64, count: u64, problem: &str) {

@@ -1,6 +1,6 @@
 //! Opening a log: what it is, and the index of what lies in its storage. Also the names of its objects.
 
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, Mutex, RwLock};
 
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt};
@@ -20,7 +20,7 @@ const IDENTITY: &str = "log/log.json";
 /// Where chunks lie.
 pub(super) const CHUNKS: &str = "log/chunks/";
 /// Where damaged chunks lie.
-const QUARANTINE: &str = "log/quarantine/";
+pub(super) const QUARANTINE: &str = "log/quarantine/";
 /// Where it is on record what retention let go of.
 pub(super) const EVICTED: &str = "log/evicted/";
 /// The `format` in the log's identity.
@@ -110,6 +110,10 @@ pub(super) fn most_images(found: &Found, geometry: Geometry, num_classes: usize)
 
 /// Reads the beginning of a chunk; None where it is gone.
 pub(super) async fn read_head(storage: &Storage, found: &Found) -> Result<Option<Entry>, HeadError> {
+    if found.bytes == 0 {
+        // A store refuses an empty range, which would look like a fault of the store.
+        return Err(HeadError::Chunk(ChunkError::Damaged("it is empty".into())));
+    }
     let mut wanted = HEAD_BYTES;
     // Twice at most: the first piece tells how long the header is, the second how long its tensors are.
     for _ in 0..3 {
@@ -311,6 +315,8 @@ impl Log {
             storage,
             options,
             writer: tokio::sync::Mutex::default(),
+            evicting: tokio::sync::Mutex::default(),
+            looked: Mutex::new(began),
             index: RwLock::new(index),
             next: watch::Sender::new(extent.next_sequence),
             cache: Cache::new(options.cache_bytes),

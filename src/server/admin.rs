@@ -11,7 +11,7 @@ use axum::routing::get;
 use metrics_exporter_prometheus::PrometheusHandle;
 
 use super::context::{Context, Readiness};
-use crate::delivery::Lag;
+use crate::delivery::{Lag, Reason};
 use crate::engine::EngineState;
 use crate::synthesis::batch::DreamBatch;
 use crate::telemetry;
@@ -19,6 +19,8 @@ use crate::telemetry;
 /// What the pages show.
 pub(super) struct Pages {
     pub context: Arc<Context>,
+    /// Why images are made, or not.
+    pub reason: Arc<dyn Fn() -> Reason + Send + Sync>,
     pub metrics: PrometheusHandle,
     pub queue: async_channel::WeakReceiver<DreamBatch>,
     pub queue_capacity: usize,
@@ -102,6 +104,11 @@ impl Pages {
         set(telemetry::PUSHES_CAPACITY, self.context.students.limits().max_pushes as f64);
         set(telemetry::STUDENT_VERSION_ACCEPTED, self.context.students.current_version() as f64);
         set(telemetry::ENGINE_HEARTBEAT_AGE_SECONDS, self.context.engine.heartbeat_age().as_secs_f64());
+        // Not when the engine asks: it does not while it waits for the log.
+        let reason = (self.reason)();
+        for other in Reason::ALL {
+            metrics::gauge!(telemetry::DEMAND, "reason" => other.name()).set(f64::from(u8::from(other == reason)));
+        }
         let state = self.context.engine.state();
         for value in EngineState::ALL {
             metrics::gauge!(telemetry::ENGINE_STATE, "state" => value.name())

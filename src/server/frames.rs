@@ -63,7 +63,7 @@ impl Service<http::Request<Body>> for Framed {
         Box::pin(async move {
             let started = Instant::now();
             let opened = match decode(request.into_body()).await {
-                Ok(request) => stream::open(&context, &request),
+                Ok(request) => stream::open(&context, &request).await,
                 Err(status) => Err(status),
             };
             service::record("Stream", started, &opened);

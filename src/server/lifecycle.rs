@@ -67,7 +67,9 @@ pub async fn run(config: Config, listeners: Listeners) -> Result<(), ServeError>
     let stop = CancellationToken::new();
     let (output, batches) = async_channel::bounded(config.queue_chunks);
     let demand = Demand::new(config.demand_mode, config.demand_max_lag, log.clone(), delivery.audience().clone());
-    let wanted = wanted(demand, storage_fault.clone());
+    let reason = reason(demand, storage_fault.clone());
+    let asked = reason.clone();
+    let wanted: engine::Wanted = Arc::new(move || asked().is_demand());
     let engine =
         engine::spawn(config.teacher.clone(), config.engine.clone(), students.watch(), wanted, output, stop.clone())
             .map_err(ServeError::Engine)?;
@@ -86,6 +88,7 @@ pub async fn run(config: Config, listeners: Listeners) -> Result<(), ServeError>
     });
     let pages = Arc::new(Pages {
         context: context.clone(),
+        reason,
         metrics: handle.clone(),
         queue: batches.downgrade(),
         queue_capacity: config.queue_chunks,
@@ -174,7 +177,11 @@ pub async fn run(config: Config, listeners: Listeners) -> Result<(), ServeError>
         }
     }
     let stopped = engine.await.unwrap_or(false);
-    let _ = timeout_at(deadline, appending).await;
+    if timeout_at(deadline, appending).await.is_err() {
+        tracing::warn!(
+            "the storage took no images until the drain's deadline; those that still waited for it are lost"
+        );
+    }
     admin_task.abort();
     upkeep.abort_all();
     drop(ready_file);
@@ -189,15 +196,9 @@ pub async fn run(config: Config, listeners: Listeners) -> Result<(), ServeError>
     Ok(())
 }
 
-/// Whether the engine should make images, and the metric that says why.
-fn wanted(demand: Demand, storage_fault: watch::Receiver<Option<String>>) -> engine::Wanted {
-    Arc::new(move || {
-        let reason = if storage_fault.borrow().is_some() { Reason::Storage } else { demand.reason() };
-        for other in Reason::ALL {
-            metrics::gauge!(telemetry::DEMAND, "reason" => other.name()).set(f64::from(u8::from(other == reason)));
-        }
-        reason.is_demand()
-    })
+/// Whether the engine should make images, and why.
+fn reason(demand: Demand, storage_fault: watch::Receiver<Option<String>>) -> Arc<dyn Fn() -> Reason + Send + Sync> {
+    Arc::new(move || if storage_fault.borrow().is_some() { Reason::Storage } else { demand.reason() })
 }
 
 /// Moves batches from the engine's queue into the log. While the storage fails, the batch waits here, the queue fills and

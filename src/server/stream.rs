@@ -13,17 +13,18 @@ use tonic::{Code, Status};
 use super::context::Context;
 use super::convert;
 use super::frames::Outgoing;
+use crate::client::NEXT_SEQUENCE;
 use crate::delivery::{End, Message, Subscription};
 use crate::proto::{StreamRequest, StreamResponse};
 use crate::telemetry;
 
-pub(super) fn open(
+pub(super) async fn open(
     context: &Arc<Context>,
     request: &StreamRequest,
 ) -> Result<BoxStream<'static, Result<Outgoing, Status>>, Status> {
     context.accept()?;
     let policy = convert::policy(request, context)?;
-    let position = convert::start_position(request.start.as_ref(), context.delivery.log())?;
+    let position = start(context, request).await?;
     let permit = context.streams.clone().try_acquire_owned().map_err(|_| {
         let message = format!(
             "{} streams are open, as many as this daemon takes (its setting max_streams); retry with back-off",
@@ -42,6 +43,22 @@ pub(super) fn open(
         }
     });
     Ok(responses.boxed())
+}
+
+/// The sequence at which a stream starts. A position beyond the end may come from another replica, which is ahead of what
+/// this daemon has seen: it looks before it refuses.
+async fn start(context: &Arc<Context>, request: &StreamRequest) -> Result<u64, Status> {
+    let log = context.delivery.log();
+    let (start, before) = (request.start.as_ref(), log.extent().next_sequence);
+    match convert::start_position(start, log) {
+        Err(refused) if refused.code() == Code::OutOfRange && !refused.metadata().contains_key(NEXT_SEQUENCE) => {
+            match log.refresh().await {
+                Ok(()) if log.extent().next_sequence > before => convert::start_position(start, log),
+                _ => Err(refused),
+            }
+        }
+        found => found,
+    }
 }
 
 /// Counts an open stream for as long as it lives, and says in the end why it ended.

@@ -126,6 +126,15 @@ impl Versions {
                 continue;
             }
             known.insert(version);
+            // Free, or free again? While this push was under way, others may have taken the number and so many more that
+            // retention let go of it. Nobody lets go of one of the newest, so such a number is told by its age.
+            self.refresh(&mut known).await?;
+            let newest = known.last().copied().unwrap_or(version);
+            if version + self.kept as u64 <= newest {
+                self.storage.delete(&object::name(version)).await?;
+                known.remove(&version);
+                continue;
+            }
             let student = Arc::new(Student {
                 version,
                 arch: candidate.arch.clone(),
@@ -136,8 +145,10 @@ impl Versions {
                 accepted_at: candidate.accepted_at,
                 received_at: candidate.received_at,
             });
-            self.current.send_replace(Some(student.clone()));
-            self.retain(&mut known, version).await;
+            if version == newest {
+                self.current.send_replace(Some(student.clone()));
+            }
+            self.retain(&mut known, newest).await;
             return Ok(Accepted { student, already_current: false });
         }
     }

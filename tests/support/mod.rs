@@ -1,6 +1,8 @@
 //! The daemon from outside: a real process, real sockets, a small random teacher.
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+pub mod s3;
+
 use std::collections::{BTreeMap, HashMap};
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -74,7 +76,10 @@ pub fn serve_command(folder: &Path, arguments: &[&str]) -> Command {
             command.env_remove(name);
         }
     }
-    command.arg("serve").arg("--teacher").arg(write_teacher(folder));
+    command.arg("serve");
+    if !arguments.contains(&"--teacher") {
+        command.arg("--teacher").arg(write_teacher(folder));
+    }
     command.args(["--device", "cpu", "--threads", "1"]);
     if !arguments.contains(&"--synthesizer") {
         command.args(["--synthesizer", "noise"]);
@@ -118,11 +123,17 @@ impl Daemon {
 
     /// Starts one in this folder, where an earlier one may have been.
     pub fn launch_in(folder: TempDir, arguments: &[&str]) -> Self {
+        Self::launch_with(folder, arguments, |_| {})
+    }
+
+    /// As [`Self::launch_in`], with a last word on the command: its environment, its user.
+    pub fn launch_with(folder: TempDir, arguments: &[&str], adjust: impl FnOnce(&mut Command)) -> Self {
         let ready_file = folder.path().join("ready.json");
         let log = std::fs::File::create(folder.path().join("daemon.log")).unwrap();
         let mut command = serve_command(folder.path(), arguments);
         command.args(["--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", "--log-level", "debug,h2=info"]);
         command.arg("--ready-file").arg(&ready_file).stdout(Stdio::null()).stderr(log);
+        adjust(&mut command);
         let mut child = command.spawn().unwrap();
         let mut text = String::new();
         wait_for("the ready file", || {
