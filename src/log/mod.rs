@@ -108,8 +108,8 @@ pub struct Log {
     identity: LogIdentity,
     storage: Storage,
     options: LogOptions,
-    /// One appending task at a time.
-    writer: tokio::sync::Mutex<()>,
+    /// One appending task at a time; the sequences at which its batch was tried before.
+    writer: tokio::sync::Mutex<Vec<u64>>,
     /// Evicted chunks that the storage still holds: first sequence to the one behind.
     evicting: tokio::sync::Mutex<BTreeMap<u64, u64>>,
     /// When the end of the log was last known for certain.
@@ -146,7 +146,7 @@ impl Log {
     /// Makes the batch a chunk; returns its first sequence once it is durable. After an error of the storage the same
     /// batch can be appended again: if the chunk did get through, it is recognized and not written twice.
     pub async fn append(&self, batch: &Arc<DreamBatch>) -> Result<u64, AppendError> {
-        let _writer = self.writer.lock().await;
+        let mut tried = self.writer.lock().await;
         let began = Instant::now();
         if self.looked().elapsed() > LOOK_AGAIN {
             self.refresh().await?;
@@ -157,7 +157,13 @@ impl Log {
             let (batch, identity) = (batch.clone(), self.identity.clone());
             let encode = move || Chunk::encode(&batch, first_sequence, &identity);
             let chunk = blocking(encode).await.map_err(ChunkError::Inconsistent)??;
+            if let Some(first_sequence) = self.got_through(&tried, &chunk) {
+                tried.clear();
+                return Ok(first_sequence);
+            }
             let bytes = chunk.payload().len() as u64;
+            // Before the put: it may get through although no answer comes.
+            tried.push(first_sequence);
             let created = self.storage.create(&open::chunk_name(first_sequence), chunk.payload().clone()).await?;
             if created == Created::Taken && !self.is_ours(&chunk).await? {
                 continue;
@@ -166,9 +172,19 @@ impl Log {
             self.cache.put(Arc::new(chunk)).await;
             self.take(entry);
             self.set_looked(asked);
+            tried.clear();
             histogram!(telemetry::LOG_APPEND_SECONDS).record(began.elapsed().as_secs_f64());
             return Ok(first_sequence);
         }
+    }
+
+    /// Where an earlier attempt to write the same batch got through although no answer came. Whoever looked through the
+    /// storage since has then taken the chunk into the index like another replica's.
+    fn got_through(&self, tried: &[u64], chunk: &Chunk) -> Option<u64> {
+        tried.iter().copied().find(|first| match self.locate(*first) {
+            Located::Chunk(entry) => entry.summary.first_sequence == *first && same(&entry.summary, &chunk.summary),
+            _ => false,
+        })
     }
 
     /// Who took the name that we wanted: our own put whose answer was lost, or another replica, whose chunk then comes
@@ -202,8 +218,7 @@ impl Log {
                 return Ok(false);
             }
         };
-        let (ours, theirs) = (&chunk.summary, &entry.summary);
-        if (&ours.replica, &ours.data_sha256, ours.count) == (&theirs.replica, &theirs.data_sha256, theirs.count) {
+        if same(&chunk.summary, &entry.summary) {
             return Ok(true);
         }
         self.take(entry);
@@ -456,6 +471,11 @@ impl Log {
     pub fn position(&self, cursor: &[u8]) -> Result<u64, CursorError> {
         cursor::decode(self.identity.log_id, cursor)
     }
+}
+
+/// Whether two chunks are one batch of one daemon; their sequences do not matter.
+fn same(a: &chunk::Summary, b: &chunk::Summary) -> bool {
+    (&a.replica, &a.data_sha256, a.count) == (&b.replica, &b.data_sha256, b.count)
 }
 
 #[cfg(test)]

@@ -178,6 +178,14 @@ fn an_append_whose_answer_was_lost_is_not_written_twice() {
         assert_eq!(storage.create(&open::chunk_name(4), chunk.payload().clone()).await.unwrap(), Created::Yes);
         assert_eq!(log.append(&made).await.unwrap(), 4);
         assert_eq!((log.extent().next_sequence, log.extent().chunks), (6, 2));
+        // Also where it was found by a look through the storage before the retry.
+        let made = Arc::new(batch(6, 3));
+        let chunk = Chunk::encode(&made, 6, log.identity()).unwrap();
+        log.writer.lock().await.push(6);
+        storage.create(&open::chunk_name(6), chunk.payload().clone()).await.unwrap();
+        log.refresh().await.unwrap();
+        assert_eq!(log.append(&made).await.unwrap(), 6);
+        assert_eq!((log.extent().next_sequence, log.extent().chunks), (9, 3));
     });
 }
 
