@@ -43,6 +43,8 @@ pub struct Assembly<'a> {
     tables: &'a PixelTables,
     pixels: PixelFormat,
     columns: Columns,
+    /// Rows so far.
+    pushed: usize,
 }
 
 /// Where each tensor lies in the file.
@@ -112,12 +114,15 @@ impl<'a> Assembly<'a> {
         let mut file = Vec::with_capacity(start + end);
         file.extend_from_slice(&(header.len() as u64).to_le_bytes());
         file.extend_from_slice(&header);
-        file.resize(start + end, 0);
-        Self { file, log, tables, pixels, columns }
+        // The pixels are nearly all of it: they are appended and never written twice.
+        file.resize(columns.images.start, 0);
+        Self { file, log, tables, pixels, columns, pushed: 0 }
     }
 
-    /// Copies a row of a chunk to a row of the batch; false where either has no such row, which is a bug of the caller's.
-    pub fn copy(&mut self, to: usize, chunk: &Chunk, from: usize) -> bool {
+    /// Appends a row of a chunk; false where there is no such row or no room for it, which is a bug of the caller's.
+    pub fn push(&mut self, chunk: &Chunk, from: usize) -> bool {
+        let to = self.pushed;
+        self.pushed += 1;
         let sequence = (chunk.first_sequence() + from as u64).to_le_bytes();
         let (k, pixels) = (4 * self.log.num_classes, self.log.geometry.pixels());
         let logits = chunk.teacher_logits().get(from * k..(from + 1) * k);
@@ -146,33 +151,26 @@ impl<'a> Assembly<'a> {
                 None => return false,
             }
         }
-        let width = match self.pixels {
-            PixelFormat::U8 => 1,
-            PixelFormat::F32Normalized => 4,
-            PixelFormat::F16Normalized => 2,
-        };
-        let start = columns.images.start + to * pixels * width;
-        let Some(row) = self.file.get_mut(start..start + pixels * width) else { return false };
+        if self.file.len() >= columns.images.end {
+            return false;
+        }
         let plane = (self.log.geometry.height * self.log.geometry.width).max(1);
         match self.pixels {
-            PixelFormat::U8 => row.copy_from_slice(image),
-            PixelFormat::F32Normalized => convert(row, image, plane, &self.tables.f32s),
-            PixelFormat::F16Normalized => convert(row, image, plane, &self.tables.f16s),
+            PixelFormat::U8 => self.file.extend_from_slice(image),
+            PixelFormat::F32Normalized => convert(&mut self.file, image, plane, &self.tables.f32s),
+            PixelFormat::F16Normalized => convert(&mut self.file, image, plane, &self.tables.f16s),
         }
         true
     }
 
-    /// The safetensors file.
-    pub fn finish(self) -> Bytes {
-        self.file.into()
+    /// The safetensors file; None where rows are missing.
+    pub fn finish(self) -> Option<Bytes> {
+        (self.file.len() == self.columns.images.end).then(|| self.file.into())
     }
 }
 
-fn convert<const B: usize>(row: &mut [u8], image: &[u8], plane: usize, tables: &[[[u8; B]; 256]]) {
-    let (row, _) = row.as_chunks_mut::<B>();
-    for ((to, from), table) in row.chunks_mut(plane).zip(image.chunks(plane)).zip(tables) {
-        for (value, pixel) in to.iter_mut().zip(from) {
-            *value = table[usize::from(*pixel)];
-        }
+fn convert<const B: usize>(file: &mut Vec<u8>, image: &[u8], plane: usize, tables: &[[[u8; B]; 256]]) {
+    for (pixels, table) in image.chunks(plane).zip(tables) {
+        file.extend(pixels.iter().flat_map(|pixel| table[usize::from(*pixel)]));
     }
 }

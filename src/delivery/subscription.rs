@@ -380,22 +380,19 @@ impl Subscription {
         let log = &self.delivery.log;
         let mut assembly =
             Assembly::new(log.identity(), &self.delivery.pixels, self.policy.pixels, picks.len(), fresh);
-        // Chunk by chunk, so that a message holds one of them at a time however many it is drawn from.
-        let mut order: Vec<usize> = (0..picks.len()).collect();
-        order.sort_by_key(|at| picks.get(*at).map(|pick| pick.chunk));
+        // One chunk at a time, however many a message is drawn from. Neighbours mostly come from the same.
         let mut chunk: Option<Arc<Chunk>> = None;
-        for at in order {
-            let Some(pick) = picks.get(at) else { continue };
+        for pick in picks {
             let held = match chunk.take() {
                 Some(held) if held.first_sequence() == pick.chunk => held,
                 _ => log.load(pick.chunk).await?,
             };
-            if !assembly.copy(at, &held, pick.row as usize) {
+            if !assembly.push(&held, pick.row as usize) {
                 return Err(ReadError::Gone);
             }
             chunk = Some(held);
         }
-        Ok(assembly.finish())
+        assembly.finish().ok_or(ReadError::Gone)
     }
 
     /// A chunk with picked images is not there any more: that ends the subscription where they are fresh, and says why.
