@@ -25,9 +25,6 @@ use crate::students::StudentLimits;
 use crate::synthesis::settings::SynthesisOptions;
 use crate::telemetry::LogFormat;
 
-/// One chunk goes out as one message, and is held in memory whole.
-const MAX_CHUNK_BYTES: usize = 1 << 30;
-
 /// Variables with our prefix that other programs of the project read.
 const OTHER_VARIABLES: [&str; 3] = ["DREAMFEED_CONFIG", "DREAMFEED_BIN", "DREAMFEED_URL"];
 
@@ -379,11 +376,13 @@ impl Config {
         let teacher = teacher.map_err(|problem| problems.push(problem)).ok()?;
         let settings = settings.ok()?;
         let chunk = settings.batch_size.saturating_mul(teacher.geometry.pixels() + 4 * classes + 20);
-        if chunk > MAX_CHUNK_BYTES {
+        // One chunk goes out as one message, and is held in memory whole.
+        let most = usize::try_from(log::MAX_CHUNK_BYTES).unwrap_or(usize::MAX);
+        if chunk > most {
             problems.push(format!(
                 "synthesis.batch_size is {}, which makes chunks of {chunk} bytes of such images; give at most {}",
                 settings.batch_size,
-                settings.batch_size / chunk.div_ceil(MAX_CHUNK_BYTES)
+                settings.batch_size / chunk.div_ceil(most)
             ));
         }
         let identity: String = teacher.identity.chars().take(12).collect();

@@ -101,6 +101,9 @@ impl Storage {
     /// `AZURE_STORAGE_ACCOUNT_NAME`, ...).
     pub fn open(location: &str) -> Result<Self, StorageError> {
         Self::open_or(location, |folder| {
+            if folder.is_file() {
+                return Err("it is a file; give a folder".into());
+            }
             std::fs::create_dir_all(folder).map_err(|e| format!("the folder cannot be made: {e}"))
         })
     }

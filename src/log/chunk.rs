@@ -37,6 +37,16 @@ pub enum ChunkError {
     /// safetensors, but not what a chunk must hold.
     #[error("it is damaged: {0}")]
     Damaged(String),
+    /// It was cut, or something was added to it.
+    #[error("it is damaged: its header describes {described} bytes, the object has {found}")]
+    Length {
+        /// What it should have.
+        described: u64,
+        /// What it has.
+        found: u64,
+        /// The images that its header tells of.
+        count: Option<u64>,
+    },
     /// Written by software that knows more than this.
     #[error(
         "its format is {found:?}, which this version of dreamfeed does not read; it reads {FORMAT}, so use the version \
@@ -297,7 +307,8 @@ impl Summary {
         let header: Metadata = serde_json::from_slice(json).map_err(|e| CheckpointError::Format(e.to_string()))?;
         let end = start as u64 + header.data_len() as u64;
         if end != size {
-            return Err(ChunkError::Damaged(format!("its header describes {end} bytes, the object has {size}")));
+            let count = header.metadata().as_ref().and_then(|metadata| metadata.get("count")?.parse().ok());
+            return Err(ChunkError::Length { described: end, found: size, count });
         }
         let metadata = header.metadata().clone().unwrap_or_default();
         let range = |name: &str| -> Result<Range<usize>, ChunkError> {

@@ -86,8 +86,8 @@ pub(super) struct Index {
 }
 
 impl Index {
-    /// The index of a store's chunks and damaged stretches.
-    pub fn new(entries: Vec<Entry>, lost: Vec<(u64, u64)>) -> Self {
+    /// The index of a store's chunks, of its damaged stretches, and of those that retention let go of.
+    pub fn new(entries: Vec<Entry>, lost: Vec<(u64, u64)>, evicted: &[(u64, u64)]) -> Self {
         let mut this = Self::default();
         for (first, end) in lost {
             this.mark_lost(first, end);
@@ -95,14 +95,18 @@ impl Index {
         for entry in entries {
             this.put(entry);
         }
-        // Backwards from the newest: the first hole that no damage explains is where retention stopped.
+        // Backwards from the newest to where retention stopped, which is on record. Any other hole is a loss.
         let mut first = this.extent.next_sequence;
-        let starts = |first: u64| {
+        loop {
             let chunk = this.chunks.range(..first).next_back().map(|(start, entry)| (*start, entry.summary.end()));
             let lost = this.lost.range(..first).next_back().map(|(start, end)| (*start, *end));
-            [chunk, lost].into_iter().flatten().find(|(_, end)| *end == first).map(|(start, _)| start)
-        };
-        while let Some(start) = starts(first) {
+            let Some((start, end)) = [chunk, lost].into_iter().flatten().max_by_key(|(_, end)| *end) else { break };
+            if end < first {
+                if evicted.iter().any(|(from, to)| *from < first && end < *to) {
+                    break;
+                }
+                this.mark_lost(end, first);
+            }
             first = start;
         }
         this.extent.first_sequence = first;

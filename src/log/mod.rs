@@ -30,7 +30,7 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use crate::model::source::Geometry;
-use crate::storage::{Created, Found, Storage, StorageError, blocking};
+use crate::storage::{Created, Storage, StorageError, blocking};
 use crate::synthesis::batch::DreamBatch;
 use crate::telemetry;
 
@@ -40,6 +40,7 @@ pub use chunk::{Chunk, ChunkError, FORMAT};
 pub use cursor::CursorError;
 use index::Index;
 pub use index::{Entry, Extent, Located, Retention};
+pub(crate) use open::MAX_CHUNK_BYTES;
 pub use open::{Identity, Maker, OpenError};
 
 /// How often the storage is looked through for chunks of other replicas.
@@ -214,7 +215,7 @@ impl Log {
                 }));
             }
             Err(open::HeadError::Chunk(error)) => {
-                self.set_aside(&found, first_sequence, &error).await;
+                self.set_aside(first_sequence, &error).await;
                 return Ok(false);
             }
         };
@@ -227,8 +228,8 @@ impl Log {
 
     /// Quarantine for what was to be the next chunk and cannot be read; none of the sequences that it may have is given
     /// again.
-    async fn set_aside(&self, found: &Found, first_sequence: u64, error: &ChunkError) {
-        let count = open::most_images(found, self.identity.geometry, self.identity.num_classes);
+    async fn set_aside(&self, first_sequence: u64, error: &ChunkError) {
+        let count = open::most_images(error, self.identity.geometry, self.identity.num_classes);
         self.quarantine(first_sequence, count, &error.to_string()).await;
         let next = {
             let mut index = self.index_mut();
@@ -281,9 +282,7 @@ impl Log {
                 }
                 // Left where it is, it would hide from this daemon's readers whatever comes after it.
                 Err(open::HeadError::Chunk(error)) => match open::first_sequence(&found.name) {
-                    Some(first) if first >= self.extent().next_sequence => {
-                        self.set_aside(&found, first, &error).await
-                    }
+                    Some(first) if first >= self.extent().next_sequence => self.set_aside(first, &error).await,
                     _ => tracing::debug!(%error, name = %found.name, "not a chunk of this log"),
                 },
             }

@@ -27,6 +27,8 @@ pub(super) const EVICTED: &str = "log/evicted/";
 const FORMAT: &str = "dreamfeed.log.v1";
 /// So much is read of each chunk at first: enough for some two thousand images.
 const HEAD_BYTES: u64 = 48 << 10;
+/// No chunk is larger: the daemon refuses settings that would make one.
+pub(crate) const MAX_CHUNK_BYTES: u64 = 1 << 30;
 /// Heads read at one time.
 const READERS: usize = 32;
 
@@ -102,10 +104,14 @@ pub(super) fn stretch(folder: &str, name: &str) -> Option<(u64, u64)> {
     Some((first, first.checked_add(count.parse().ok()?)?))
 }
 
-/// No more images than this are in an object of its size, whatever its header says.
-pub(super) fn most_images(found: &Found, geometry: Geometry, num_classes: usize) -> u64 {
-    let image = geometry.pixels() + 4 * num_classes + 20;
-    (found.bytes / (image as u64).max(1)).max(1)
+/// No more images than this were in a chunk that cannot be read: its size now says nothing of what it was. Where its
+/// header can be read, that tells; otherwise as many as the largest chunk could hold. Too many only leaves a hole in the
+/// numbers; too few would give numbers twice.
+pub(super) fn most_images(error: &ChunkError, geometry: Geometry, num_classes: usize) -> u64 {
+    match error {
+        ChunkError::Length { count: Some(count), .. } => (*count).max(1),
+        _ => MAX_CHUNK_BYTES / (geometry.pixels() + 4 * num_classes + 20) as u64 + 1,
+    }
 }
 
 /// Reads the beginning of a chunk; None where it is gone.
@@ -163,7 +169,8 @@ pub(super) async fn identity(storage: &Storage) -> Result<Option<Identity>, Open
     let Some(identity) = storage.get(IDENTITY).await? else {
         return Ok(None);
     };
-    let identity: Identity = serde_json::from_slice(&identity).map_err(|e| refused(format!("{IDENTITY}: {e}")))?;
+    let identity: Identity = serde_json::from_slice(&identity)
+        .map_err(|e| refused(format!("{IDENTITY} is damaged ({e}); restore that file, or give another --store")))?;
     if identity.format != FORMAT {
         return Err(refused(format!(
             "its format is {:?}, and this version of dreamfeed reads {FORMAT}; use the version that wrote it",
@@ -193,6 +200,7 @@ pub(super) async fn read(storage: &Storage) -> Result<Option<Contents>, OpenErro
             None => contents.strange.push(found.name),
         }
     }
+    let names: Vec<u64> = chunks.iter().filter_map(|found| first_sequence(&found.name)).collect();
     let heads = stream::iter(chunks)
         .map(|found| async move { (read_head(storage, &found).await, found) })
         .buffered(READERS)
@@ -209,9 +217,9 @@ pub(super) async fn read(storage: &Storage) -> Result<Option<Contents>, OpenErro
     }
     for (found, error) in damaged {
         let Some(first) = first_sequence(&found.name) else { continue };
-        let next = contents.entries.iter().map(|entry| entry.summary.first_sequence).find(|next| *next > first);
+        let next = names.iter().copied().find(|next| *next > first);
         let (geometry, num_classes) = (contents.identity.geometry(), contents.identity.num_classes);
-        let most = first.saturating_add(most_images(&found, geometry, num_classes));
+        let most = first.saturating_add(most_images(&error, geometry, num_classes));
         let end = next.unwrap_or(most).min(most);
         contents.damaged.push(DamagedHead { name: found.name, first, end, error });
     }
@@ -301,7 +309,7 @@ impl Log {
             }
             lost.push((*first, *end));
         }
-        let index = Index::new(contents.entries, lost);
+        let index = Index::new(contents.entries, lost, &contents.evicted);
         let extent = index.extent();
         let log = Arc::new(Self {
             identity: LogIdentity {

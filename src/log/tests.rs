@@ -231,6 +231,36 @@ fn damage_is_quarantined_and_a_reader_is_told() {
 }
 
 #[test]
+fn a_cut_or_missing_chunk_keeps_its_sequences_and_hides_no_other() {
+    run(async {
+        for cut in [Some(0), Some(40), Some(890), None] {
+            let storage = Storage::open("memory:").unwrap();
+            fill(&*open_in(&storage, Retention::default()).await, &[4, 3, 5, 2]).await;
+            let name = open::chunk_name(4);
+            let object = storage.get(&name).await.unwrap().unwrap();
+            storage.delete(&name).await.unwrap();
+            if let Some(length) = cut {
+                storage.create(&name, object.slice(..length)).await.unwrap();
+            }
+            for _ in 0..2 {
+                let log = open_in(&storage, Retention::default()).await;
+                assert_eq!(log.locate(5), Located::Lost { next_sequence: 7 }, "{cut:?}");
+                let Extent { first_sequence, next_sequence, lost_images, .. } = log.extent();
+                assert_eq!((first_sequence, next_sequence, lost_images), (0, 14, 3), "{cut:?}");
+            }
+        }
+        // The newest: its header still tells how many it had.
+        let storage = Storage::open("memory:").unwrap();
+        fill(&*open_in(&storage, Retention::default()).await, &[4, 30]).await;
+        let object = storage.get(&open::chunk_name(4)).await.unwrap().unwrap();
+        storage.delete(&open::chunk_name(4)).await.unwrap();
+        storage.create(&open::chunk_name(4), object.slice(..object.len() / 2)).await.unwrap();
+        let log = open_in(&storage, Retention::default()).await;
+        assert_eq!((log.extent().next_sequence, log.extent().lost_images), (34, 30));
+    });
+}
+
+#[test]
 fn retention_keeps_the_seed_set_and_the_newest() {
     run(async {
         let retention = Retention { max_images: Some(12), seed_images: 5, ..Retention::default() };

@@ -124,9 +124,9 @@ pub(super) fn push_status(error: &PushError) -> Status {
 pub(super) fn policy(request: &proto::StreamRequest, context: &Context) -> Result<Policy, Status> {
     let malformed = |problem: String| status(Code::InvalidArgument, &problem);
     let shard = request.shard.unwrap_or_default();
-    let shard = Shard { index: shard.index, count: shard.count.max(1) };
-    if shard.index >= shard.count {
-        let Shard { index, count } = shard;
+    let (index, count) = (shard.index, shard.count);
+    let shard = Shard { index, count: count.max(1) };
+    if index >= shard.count {
         return Err(malformed(format!("shard.index is {index} of {count}; give 0 to count - 1")));
     }
     let replay = request.replay.unwrap_or_default();
@@ -143,8 +143,9 @@ pub(super) fn policy(request: &proto::StreamRequest, context: &Context) -> Resul
         }
     };
     let bound = request.staleness_bound.unwrap_or_default();
-    let max_age = bound.max_age.map(Duration::try_from).transpose();
-    let max_age = max_age.map_err(|_| malformed("staleness_bound.max_age is not a duration from 0".into()))?;
+    let signs = bound.max_age.is_none_or(|age| age.seconds >= 0 && age.nanos >= 0);
+    let max_age = bound.max_age.map(Duration::try_from).transpose().ok().filter(|_| signs);
+    let max_age = max_age.ok_or_else(|| malformed("staleness_bound.max_age is not a duration from 0".into()))?;
     let (pixels, pixel_bytes) = match proto::PixelFormat::try_from(request.pixel_format) {
         Ok(proto::PixelFormat::Unspecified | proto::PixelFormat::U8) => (PixelFormat::U8, 1),
         Ok(proto::PixelFormat::F32Normalized) => (PixelFormat::F32Normalized, 4),

@@ -45,7 +45,14 @@ impl Versions {
     /// Opens the versions of a storage; the newest valid one becomes the current one.
     pub async fn open(storage: Storage, kept: usize) -> Result<Self, StorageError> {
         let this = Self { storage, kept: kept.max(1), known: Mutex::default(), current: watch::Sender::new(None) };
-        this.refresh(&mut *this.known.lock().await).await?;
+        {
+            let mut known = this.known.lock().await;
+            this.refresh(&mut known).await?;
+            // What a crash kept from being let go.
+            if let Some(newest) = known.last().copied() {
+                this.retain(&mut known, newest).await;
+            }
+        }
         if let Some(student) = this.current() {
             tracing::info!(version = student.version, arch = %student.arch, "the newest stored student is adopted");
         }
