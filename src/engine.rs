@@ -140,9 +140,6 @@ impl EngineStatus {
 
     fn enter(&self, state: EngineState) {
         self.state.store(state as u8, Ordering::Release);
-        for other in EngineState::ALL {
-            gauge!(telemetry::ENGINE_STATE, "state" => other.name()).set(f64::from(u8::from(other == state)));
-        }
         self.beat();
     }
 

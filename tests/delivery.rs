@@ -6,33 +6,17 @@ mod support;
 use std::time::Duration;
 
 use bytes::Bytes;
-use dreamfeed::client::{Batch, BatchStream, ClientError, Start};
+use dreamfeed::client::{ClientError, Start};
 use dreamfeed::log::FORMAT;
 use dreamfeed::model::checkpoint::hex;
 use dreamfeed::proto;
 use futures_util::StreamExt;
 use sha2::{Digest, Sha256};
-use support::{Daemon, images, within};
+use support::{Daemon, assert_consecutive, images, take, within};
 use tonic::Code;
 
 /// 160 images in 20 chunks, and no more.
 const BOUNDED: [&str; 4] = ["--batch-size", "8", "--max-images", "160"];
-
-async fn take(stream: &mut BatchStream, images: usize) -> Vec<Batch> {
-    let mut batches: Vec<Batch> = Vec::new();
-    while batches.iter().map(|batch| batch.count).sum::<usize>() < images {
-        batches.push(within(stream.next()).await.expect("the stream goes on").unwrap());
-    }
-    batches
-}
-
-fn assert_consecutive(batches: &[Batch], from: u64) {
-    let mut next = from;
-    for batch in batches {
-        assert_eq!(batch.first_sequence, next);
-        next += batch.count as u64;
-    }
-}
 
 fn status(result: Result<impl Sized, ClientError>) -> (Code, String) {
     match result {

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
-use dreamfeed::client::{Batch, BatchStream, Client, ClientError, Pushed, Start};
+use dreamfeed::client::{Batch, Client, ClientError, Pushed, Start};
 use dreamfeed::delivery::{Delivery, End, Policy};
 use dreamfeed::log::{Located, Log, LogOptions, Maker, ReadError, Retention};
 use dreamfeed::model::checkpoint::Checkpoint;
@@ -22,7 +22,7 @@ use futures_util::StreamExt;
 use futures_util::future::join_all;
 use sha2::{Digest, Sha256};
 use support::s3::S3;
-use support::{ARCH, CHANNELS, CLASSES, Daemon, LONG, images, student, within};
+use support::{ARCH, CHANNELS, CLASSES, Daemon, LONG, assert_consecutive, images, student, take, within};
 use tonic::Code;
 
 /// Where the suite's part for libraries runs, in a process whose environment has the server's address.
@@ -411,22 +411,6 @@ async fn a_delete_that_fails_is_tried_again() {
     log.retain().await.unwrap();
     assert!(!file(4).exists());
     assert_eq!(log.extent().first_sequence, 16);
-}
-
-async fn take(stream: &mut BatchStream, images: usize) -> Vec<Batch> {
-    let mut batches: Vec<Batch> = Vec::new();
-    while batches.iter().map(|batch| batch.count).sum::<usize>() < images {
-        batches.push(within(stream.next()).await.expect("the stream goes on").unwrap());
-    }
-    batches
-}
-
-fn assert_consecutive(batches: &[Batch], from: u64) {
-    let mut next = from;
-    for batch in batches {
-        assert_eq!(batch.first_sequence, next);
-        next += batch.count as u64;
-    }
 }
 
 fn payloads(batches: &[Batch]) -> Vec<Bytes> {

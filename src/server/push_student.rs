@@ -107,7 +107,6 @@ async fn receive(
         }
     }
     let accepted = push.finish().await?;
-    metrics::gauge!(telemetry::STUDENT_VERSION_ACCEPTED).set(accepted.student.version as f64);
     Ok(PushStudentResponse { version: accepted.student.version, already_current: accepted.already_current })
 }
 

@@ -11,9 +11,10 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use dreamfeed::client::Client;
+use dreamfeed::client::{Batch, BatchStream, Client};
 use dreamfeed::model::checkpoint::Checkpoint;
 use dreamfeed::model::spec::NetworkSpec;
+use futures_util::StreamExt;
 use safetensors::tensor::{Dtype, TensorView};
 use tempfile::TempDir;
 
@@ -236,4 +237,22 @@ pub fn images(payload: &Checkpoint) -> Vec<Vec<u8>> {
     let tensor = payload.get("images").unwrap();
     let size: usize = tensor.shape[1..].iter().product();
     tensor.data.chunks_exact(size).map(<[u8]>::to_vec).collect()
+}
+
+/// Batches until there are at least so many images.
+pub async fn take(stream: &mut BatchStream, images: usize) -> Vec<Batch> {
+    let mut batches: Vec<Batch> = Vec::new();
+    while batches.iter().map(|batch| batch.count).sum::<usize>() < images {
+        batches.push(within(stream.next()).await.expect("the stream goes on").unwrap());
+    }
+    batches
+}
+
+/// Each batch begins where the one before it ended.
+pub fn assert_consecutive(batches: &[Batch], from: u64) {
+    let mut next = from;
+    for batch in batches {
+        assert_eq!(batch.first_sequence, next);
+        next += batch.count as u64;
+    }
 }
