@@ -133,6 +133,8 @@ async fn latest_waits_for_the_next_image_and_lag_counts_what_is_behind() {
     take(&mut client.stream(Start::Earliest).await.unwrap(), 160).await;
     let first = take(&mut client.stream(Start::Earliest).await.unwrap(), 1).await.remove(0);
     assert_eq!(first.lag, 160 - first.count as u64);
+    // What was just made is in the cache, all of it.
+    assert_eq!(daemon.metric("dreamfeed_log_cache_bytes"), daemon.metric("dreamfeed_log_bytes"));
     // All images are made: what starts at the end gets nothing, and stays open.
     for start in [Start::Latest, Start::Sequence(160)] {
         let mut stream = client.stream(start).await.unwrap();

@@ -86,7 +86,9 @@ impl Cache {
         }
     }
 
-    pub fn bytes(&self) -> u64 {
+    pub async fn bytes(&self) -> u64 {
+        // moka counts late, when it has other work to do; nobody may have read anything since.
+        self.held.run_pending_tasks().await;
         self.held.weighted_size()
     }
 }

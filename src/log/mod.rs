@@ -457,8 +457,8 @@ impl Log {
     }
 
     /// Bytes in the cache.
-    pub fn cached_bytes(&self) -> u64 {
-        self.cache.bytes()
+    pub async fn cached_bytes(&self) -> u64 {
+        self.cache.bytes().await
     }
 
     /// The cursor from which a stream continues with the image at `sequence`.

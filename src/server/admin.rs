@@ -70,13 +70,13 @@ async fn readyz(State(pages): State<Arc<Pages>>) -> Response {
 }
 
 async fn metrics(State(pages): State<Arc<Pages>>) -> Response {
-    pages.measure();
+    pages.measure().await;
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], pages.metrics.render()).into_response()
 }
 
 impl Pages {
     /// Sets the gauges that are read off when somebody looks.
-    pub(super) fn measure(&self) {
+    pub(super) async fn measure(&self) {
         let set = |name: &'static str, value: f64| metrics::gauge!(name).set(value);
         let log = self.context.delivery.log();
         let extent = log.extent();
@@ -87,7 +87,7 @@ impl Pages {
         set(telemetry::LOG_CAPACITY_BYTES, log.options().retention.max_bytes.unwrap_or(0) as f64);
         set(telemetry::LOG_IMAGES, extent.images as f64);
         set(telemetry::LOG_LOST_IMAGES, extent.lost_images as f64);
-        set(telemetry::LOG_CACHE_BYTES, log.cached_bytes() as f64);
+        set(telemetry::LOG_CACHE_BYTES, log.cached_bytes().await as f64);
         set(telemetry::LOG_CACHE_CAPACITY_BYTES, log.options().cache_bytes as f64);
         let fault = self.context.storage_fault.borrow().is_some();
         set(telemetry::STORAGE_FAULT, f64::from(u8::from(fault)));

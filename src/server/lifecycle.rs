@@ -94,7 +94,7 @@ pub async fn run(config: Config, listeners: Listeners) -> Result<(), ServeError>
         queue_capacity: config.queue_chunks,
         liveness_timeout: config.liveness_timeout,
     });
-    pages.measure();
+    pages.measure().await;
     let appending = tokio::spawn(append(batches, log.clone(), fault_sender));
     let mut upkeep = JoinSet::new();
     upkeep.spawn(log.upkeep());
