@@ -340,6 +340,13 @@ impl Config {
         check(keep_bytes > 0, "log.max_bytes is 0; give for example 10GiB".into());
         let keep_images = options.log.max_images;
         check(keep_images != Some(0), "log.max_images is 0; give at least 1, or leave it out".into());
+        let seed_images = options.log.seed_images.unwrap_or(0);
+        check(
+            keep_images.is_none_or(|most| seed_images <= most),
+            format!(
+                "log.seed_images is {seed_images}, more than log.max_images lets the whole log have; give fewer, or raise it"
+            ),
+        );
         check(options.demand.max_lag != Some(0), "demand.max_lag is 0; give at least 1".into());
         let store = options.store.clone();
         check(store.as_ref().is_none_or(|store| !store.is_empty()), "store is empty; give a folder or a URL".into());
@@ -386,16 +393,18 @@ impl Config {
             ));
         }
         let identity: String = teacher.identity.chars().take(12).collect();
+        let seed_bytes = seed_images.saturating_mul(chunk as u64) / settings.batch_size.max(1) as u64;
+        if seed_bytes > keep_bytes {
+            problems.push(format!(
+                "log.seed_images is {seed_images}, about {seed_bytes} bytes that are never evicted, but log.max_bytes gives \
+                 the whole log {keep_bytes}; give fewer, or raise it"
+            ));
+        }
 
         Some(Self {
             store: store.unwrap_or_else(|| format!("dreamfeed-store/{identity}")),
             log: log::LogOptions {
-                retention: Retention {
-                    max_bytes: Some(keep_bytes),
-                    max_images: keep_images,
-                    max_age,
-                    seed_images: options.log.seed_images.unwrap_or(0),
-                },
+                retention: Retention { max_bytes: Some(keep_bytes), max_images: keep_images, max_age, seed_images },
                 cache_bytes,
             },
             demand_mode: options.demand.mode.unwrap_or_default(),

@@ -119,12 +119,21 @@ fn validation_names_every_value() {
         queue_chunks: Some(0),
         drain_timeout: Some(Span(Duration::from_secs(60))),
         log_level: Some("nonsense=loud".into()),
+        log: LogOptions { max_images: Some(4), seed_images: Some(5), ..LogOptions::default() },
         synthesis: SynthesisOptions { batch_size: Some(0), ..SynthesisOptions::default() },
         ..ServeOptions::default()
     };
     let mut problems = Vec::new();
     assert!(Config::resolve(&options, &mut problems).is_none());
-    for part in ["--insecure-listen", "queue_chunks", "drain_timeout", "log_level", "batch_size", "--teacher"] {
+    for part in [
+        "--insecure-listen",
+        "queue_chunks",
+        "drain_timeout",
+        "log_level",
+        "log.seed_images",
+        "batch_size",
+        "--teacher",
+    ] {
         assert!(problems.iter().any(|problem| problem.contains(part)), "{part} is not in {problems:#?}");
     }
 }

@@ -93,7 +93,7 @@ pub fn draw_rows(
     random: &mut impl Rng,
 ) -> Vec<u32> {
     let labels = chunk.labels().iter().map(|bytes| i64::from_le_bytes(*bytes));
-    let mut rows: Vec<u32> = (0u32..).zip(labels).filter(|(_, label)| wanted(*label)).map(|(row, _)| row).collect();
+    let rows: Vec<u32> = (0u32..).zip(labels).filter(|(_, label)| wanted(*label)).map(|(row, _)| row).collect();
     if rows.is_empty() {
         return rows;
     }
@@ -102,11 +102,8 @@ pub fn draw_rows(
             let mut drawn = Vec::with_capacity(count);
             while drawn.len() < count {
                 let turn = (count - drawn.len()).min(rows.len());
-                for at in 0..turn {
-                    let other = random.random_range(at..rows.len());
-                    rows.swap(at, other);
-                }
-                drawn.extend(rows.iter().take(turn));
+                let indices = rand::seq::index::sample(random, rows.len(), turn);
+                drawn.extend(indices.iter().filter_map(|index| rows.get(index)));
             }
             drawn
         }

@@ -294,6 +294,9 @@ impl Subscription {
     }
 
     fn is_stale(&self, pick: &Pick) -> bool {
+        if !self.policy.staleness.is_bounded() {
+            return false;
+        }
         let (now, current) = (SystemTime::now(), self.delivery.current_version());
         self.policy.staleness.exceeded(pick.student_version, pick.created_at, current, now)
     }
@@ -316,10 +319,12 @@ impl Subscription {
         let mut drawn = Vec::with_capacity(wanted);
         let sampling = self.policy.replay.sampling;
         let mut vain = 0;
+        let mut table = self.delivery.table(sampling, self.policy.classes.as_ref());
         while drawn.len() < wanted && vain < VAIN_DRAWS * wanted.div_ceil(ROWS_PER_DRAW) {
-            let table = self.delivery.table(sampling, self.policy.classes.as_ref());
             let Some(entry) = table.draw(&mut self.random).cloned() else { break };
             let Some(chunk) = self.load(entry.summary.first_sequence).await? else {
+                // It was evicted or lost since the table was made.
+                table = self.delivery.table(sampling, self.policy.classes.as_ref());
                 vain += 1;
                 continue;
             };

@@ -14,7 +14,8 @@ pub(super) struct ImageFolder {
     folder: PathBuf,
     /// So many digits has a class, so that the order of names is the order of classes.
     digits: usize,
-    metadata: PartialFile,
+    /// From the first image on.
+    metadata: Option<PartialFile>,
     images: u64,
 }
 
@@ -26,10 +27,9 @@ struct Line<'a> {
 }
 
 impl ImageFolder {
-    pub fn new(folder: &Path, num_classes: usize) -> io::Result<Self> {
+    pub fn new(folder: &Path, num_classes: usize) -> Self {
         let digits = num_classes.saturating_sub(1).to_string().len();
-        let metadata = PartialFile::create(&folder.join("metadata.jsonl"))?;
-        Ok(Self { folder: folder.to_owned(), digits, metadata, images: 0 })
+        Self { folder: folder.to_owned(), digits, metadata: None, images: 0 }
     }
 }
 
@@ -44,11 +44,16 @@ impl Sink for ImageFolder {
         let mut line = serde_json::to_vec(&Line { file_name: &file_name, record })?;
         line.push(b'\n');
         self.images += 1;
-        self.metadata.write_all(&line)
+        let metadata = match &mut self.metadata {
+            Some(metadata) => metadata,
+            none => none.insert(PartialFile::create(&self.folder.join("metadata.jsonl"))?),
+        };
+        metadata.write_all(&line)
     }
 
     fn finish(self: Box<Self>) -> io::Result<u64> {
-        self.metadata.complete()?;
-        Ok(self.images + 1)
+        let metadata = u64::from(self.metadata.is_some());
+        self.metadata.map_or(Ok(()), PartialFile::complete)?;
+        Ok(self.images + metadata)
     }
 }

@@ -75,7 +75,7 @@ pub enum ExportError {
         last: usize,
     },
     /// A file could not be written; the sentence names it.
-    #[error("{0}")]
+    #[error(transparent)]
     Write(#[from] io::Error),
     /// The process could not go on.
     #[error("{0}")]
@@ -147,11 +147,12 @@ pub async fn export(
         return Err(ExportError::Class { class, last });
     }
     let firsts = inspect::first_sequences(storage).await?;
-    take_folder(out)?;
+    let made = take_folder(out)?;
+    let num_classes = log.num_classes;
     let mut sink: Box<dyn Sink> = match format {
-        Format::Folder => Box::new(ImageFolder::new(out, log.num_classes)?),
-        Format::Webdataset => Box::new(Shards::<TarFile>::new(out, shard_images, log.num_classes)),
-        Format::Parquet => Box::new(Shards::<ParquetFile>::new(out, shard_images, log.num_classes)),
+        Format::Folder => Box::new(ImageFolder::new(out, num_classes)),
+        Format::Webdataset => Box::new(Shards::<TarFile>::new(out, shard_images, num_classes)),
+        Format::Parquet => Box::new(Shards::<ParquetFile>::new(out, shard_images, num_classes)),
     };
     let begin = firsts.partition_point(|first| *first <= selection.from).saturating_sub(1);
     let before_end = |first: &u64| selection.to.is_none_or(|to| *first < to);
@@ -178,6 +179,10 @@ pub async fn export(
         exported.images += images?;
     }
     exported.files = blocking(move || sink.finish()).await.map_err(ExportError::Internal)??;
+    if exported.images == 0 && made {
+        // Whoever asks again, for images that exist, should find the place as it was. It is empty; else this would fail.
+        std::fs::remove_dir(out).map_err(cannot_write(out))?;
+    }
     Ok(exported)
 }
 
@@ -202,11 +207,12 @@ fn write_chunk(sink: &mut dyn Sink, chunk: &Chunk, wanted: &Selection) -> io::Re
     Ok(images)
 }
 
-/// Makes the folder; one that holds something is refused.
-fn take_folder(out: &Path) -> Result<(), ExportError> {
+/// Makes the folder, and says whether it had to; one that holds something is refused.
+fn take_folder(out: &Path) -> Result<bool, ExportError> {
+    let made = !out.exists();
     std::fs::create_dir_all(out).map_err(cannot_write(out))?;
     match std::fs::read_dir(out).map_err(cannot_write(out))?.next() {
-        None => Ok(()),
+        None => Ok(made),
         Some(_) => Err(ExportError::NotEmpty(out.to_owned())),
     }
 }

@@ -19,7 +19,7 @@ pub enum CheckpointError {
     #[error("cannot be read: {0}")]
     Read(std::io::Error),
     /// The bytes are not safetensors.
-    #[error("not a safetensors file: {0} (convert PyTorch checkpoints with safetensors.torch.save_file)")]
+    #[error("not a safetensors file: {0}")]
     Format(String),
     /// A variance is negative.
     #[error("tensor {name} is a variance, but element {index} is {value}; a running_var is never negative")]
@@ -73,7 +73,12 @@ impl Checkpoint {
     /// Reads and parses a file.
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
         let bytes = std::fs::read(path).map_err(CheckpointError::Read)?;
-        Self::parse(bytes.into())
+        Self::parse(bytes.into()).map_err(|error| match error {
+            CheckpointError::Format(problem) => CheckpointError::Format(format!(
+                "{problem} (convert PyTorch checkpoints with safetensors.torch.save_file)"
+            )),
+            other => other,
+        })
     }
 
     /// Parses a file that is already in memory; copies no tensor.
