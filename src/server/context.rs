@@ -45,6 +45,8 @@ pub struct Context {
     pub streams: Arc<Semaphore>,
     /// The number of those permits.
     pub max_streams: usize,
+    /// A permit for each stream whose messages are made before they are asked for.
+    pub early: Arc<Semaphore>,
     /// Cancelled when the drain begins.
     pub draining: CancellationToken,
     /// Cancelled when open calls must end: the drain begins, or the engine has failed.

@@ -35,6 +35,9 @@ const STREAM_WINDOW: u32 = 4 << 20;
 const CONNECTION_WINDOW: u32 = 16 << 20;
 /// A peer that answers no ping for this long after as long a silence is gone.
 const KEEPALIVE: Duration = Duration::from_secs(20);
+/// So few replaying streams get their messages made early: with more, the others' turns fill every core anyway, and each
+/// costs a message of memory.
+const EARLY_STREAMS: usize = 8;
 /// The pauses between two attempts to store a batch.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
@@ -83,6 +86,7 @@ pub async fn run(config: Config, listeners: Listeners) -> Result<(), ServeError>
         students: students.clone(),
         streams: Arc::new(Semaphore::new(config.max_streams)),
         max_streams: config.max_streams,
+        early: Arc::new(Semaphore::new(EARLY_STREAMS)),
         closing: CancellationToken::new(),
         draining: draining.clone(),
     });

@@ -1,7 +1,7 @@
 //! `Stream`: what a subscription brings, as messages.
 //!
 //! A stream is pulled: the transport asks for the next message when it has room for it, so a slow reader holds one
-//! message at most, and its position is all the state there is.
+//! message at most, or two where replayed ones are made early, and its position is all the state there is.
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -33,6 +33,8 @@ pub(super) async fn open(
         convert::status(Code::ResourceExhausted, &message)
     })?;
     let subscriber = Subscriber::new(permit);
+    // Staleness is checked again when a message is sent, so such a message is not made before it is asked for.
+    let may_be_early = policy.replay.share > 0.0 && !policy.staleness.is_bounded();
     let subscription = context.delivery.subscribe(position, policy);
     let reader = Reader { context: context.clone(), subscription, subscriber };
     let responses = stream::unfold(Some(reader), |reader| async {
@@ -42,7 +44,34 @@ pub(super) async fn open(
             Err(status) => Some((Err(status), None)),
         }
     });
-    Ok(responses.boxed())
+    match context.early.clone().try_acquire_owned() {
+        Ok(permit) if may_be_early => Ok(made_early(responses.boxed(), permit)),
+        _ => Ok(responses.boxed()),
+    }
+}
+
+/// Puts each message together while the one before it is on its way: replayed images are copied into their message, and
+/// a single reader would wait for that. Holds one message more.
+fn made_early(
+    mut responses: BoxStream<'static, Result<Outgoing, Status>>,
+    permit: OwnedSemaphorePermit,
+) -> BoxStream<'static, Result<Outgoing, Status>> {
+    let (sender, receiver) = tokio::sync::mpsc::channel(1);
+    tokio::spawn(async move {
+        let _permit = permit;
+        while let Ok(place) = sender.reserve().await {
+            tokio::select! {
+                () = sender.closed() => break,
+                response = responses.next() => match response {
+                    Some(response) => place.send(response),
+                    None => break,
+                },
+            }
+        }
+    });
+    let receive =
+        |mut receiver: tokio::sync::mpsc::Receiver<_>| async move { Some((receiver.recv().await?, receiver)) };
+    stream::unfold(receiver, receive).boxed()
 }
 
 /// The sequence at which a stream starts. A position beyond the end may come from another replica, which is ahead of what
