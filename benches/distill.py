@@ -30,7 +30,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--training",
-        default="--temperature 8 --augment shift:2,flip --min-images 256 --threads 2 --steps-per-batch 64",
+        default="--temperature 8 --augment shift:2,flip --min-images 256 --threads 2 --steps-per-batch 64 --eval-every 500",
         help="more flags of dreamfeed distill",
     )
     parser.add_argument("--out-dir", type=Path, default=ROOT / "out/bench/distill")
@@ -41,7 +41,7 @@ def main() -> None:
     normalization = ["--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225"]
     flags = ["--arch", args.arch, *normalization, "--seed", "1", *args.synthesis.split()]
     training = [
-        *("--duration", f"{round(args.minutes * 60)}s", "--eval-every", "500", "--seed", "1"),
+        *("--duration", f"{round(args.minutes * 60)}s", "--seed", "1"),
         *args.training.split(),
     ]
     with loop.Daemon(args.teacher, out, flags) as daemon:

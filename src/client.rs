@@ -313,6 +313,13 @@ impl Client {
         Ok(answer.map_err(failed("Describe"))?.into_inner())
     }
 
+    /// Lets another synthesizer make the images from the next batch on; its name as in the contract.
+    pub async fn set_synthesizer(&self, name: &str) -> Result<proto::Synthesizer, ClientError> {
+        let answer = self.service().set_synthesizer(proto::SetSynthesizerRequest { name: name.to_owned() }).await;
+        let answer = answer.map_err(failed("SetSynthesizer"))?.into_inner();
+        answer.synthesizer.ok_or_else(|| broken("SetSynthesizer", "the answer names no synthesizer".into()))
+    }
+
     /// Whole chunks from a start on, then live. Ends only with an error.
     pub async fn stream(&self, start: Start) -> Result<BatchStream, ClientError> {
         self.stream_with(proto::StreamRequest { start: Some(start.into()), ..Default::default() }).await

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use std::sync::Once;
 
 use serde::{Deserialize, Serialize};
-use tch::{Cuda, Device};
+use tch::{Cuda, Device, Kind};
 
 use crate::native;
 
@@ -89,6 +89,27 @@ impl DeviceOption {
             Self::Auto | Self::Cpu => Ok(Device::cuda_if_available()),
             Self::Cuda(index) if (index as i64) < count => Ok(Device::Cuda(index)),
             Self::Cuda(_) => Err(DeviceError { wanted: self, count }),
+        }
+    }
+}
+
+/// The element type in which the networks compute; pixels, losses and what is stored stay f32.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// 32-bit floats.
+    #[default]
+    F32,
+    /// 16-bit brain floats: faster where the processor multiplies them natively.
+    Bf16,
+}
+
+impl Precision {
+    /// libtorch's name of it.
+    pub fn kind(self) -> Kind {
+        match self {
+            Self::F32 => Kind::Float,
+            Self::Bf16 => Kind::BFloat16,
         }
     }
 }

@@ -11,6 +11,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use metrics::{counter, gauge, histogram};
 use tch::{Device, Kind};
 use tokio::runtime::Handle;
@@ -23,8 +24,9 @@ use crate::model::network::FrozenNetwork;
 use crate::model::source::NetworkSource;
 use crate::students::Student;
 use crate::synthesis::batch::DreamBatch;
-use crate::synthesis::settings::Settings;
-use crate::synthesis::{Flow, StepReport, Surroundings, SynthesisError, Synthesizer, Teacher};
+use crate::synthesis::fast::FastGenerator;
+use crate::synthesis::settings::{Settings, SynthesizerKind};
+use crate::synthesis::{Flow, Recalled, StepReport, Surroundings, SynthesisError, Synthesizer, Teacher};
 use crate::telemetry;
 
 /// How often an idle or blocked engine says that it is alive.
@@ -41,6 +43,9 @@ const DROPPED_PAUSE: Duration = Duration::from_millis(100);
 
 /// How soon new demand is seen.
 const DEMAND_PAUSE: Duration = Duration::from_millis(50);
+
+/// How much of a generator's learning a crash may cost.
+const SAVE_GENERATOR_EVERY: Duration = Duration::from_secs(30);
 
 /// The pause after a run that failed.
 const FAILURE_PAUSE: Duration = Duration::from_secs(1);
@@ -176,16 +181,32 @@ impl Engine {
 /// Whether images are wanted now; asked between two synthesis runs.
 pub type Wanted = Arc<dyn Fn() -> bool + Send + Sync>;
 
+/// Images of the log, to be optimized further; may wait for the storage. None where the log has none.
+pub type Recall = Arc<dyn Fn(usize) -> Option<Recalled> + Send + Sync>;
+
+/// What the engine is connected to.
+pub struct Connections {
+    /// Pushed students.
+    pub students: watch::Receiver<Option<Arc<Student>>>,
+    /// Whether images are wanted.
+    pub wanted: Wanted,
+    /// Images of the log.
+    pub recall: Recall,
+    /// Which synthesizer makes the next batch.
+    pub synthesizer: watch::Receiver<SynthesizerKind>,
+    /// The file of a generator to go on with.
+    pub generator: Option<Bytes>,
+    /// Where the generator's file goes from time to time, and in the end.
+    pub saved: watch::Sender<Option<Bytes>>,
+    /// Finished batches.
+    pub output: async_channel::Sender<DreamBatch>,
+    /// Cancelled when the engine must end.
+    pub stop: CancellationToken,
+}
+
 /// Starts the engine. Call within a tokio runtime: the engine waits on its queues with that runtime's timers, but no
 /// task of the runtime ever runs on the engine's thread.
-pub fn spawn(
-    source: Arc<NetworkSource>,
-    options: EngineOptions,
-    students: watch::Receiver<Option<Arc<Student>>>,
-    wanted: Wanted,
-    output: async_channel::Sender<DreamBatch>,
-    stop: CancellationToken,
-) -> io::Result<Engine> {
+pub fn spawn(source: Arc<NetworkSource>, options: EngineOptions, connections: Connections) -> io::Result<Engine> {
     // A device that is not there is a mistake to tell at the start, not a daemon that stays up and does nothing.
     let device = options.device.resolve().map_err(io::Error::other)?;
     let status = Arc::new(EngineStatus::new());
@@ -193,9 +214,8 @@ pub fn spawn(
     let runtime = Handle::current();
     let seen = status.clone();
     let thread = thread::Builder::new().name("engine".into()).spawn(move || {
-        let outcome = catch_unwind(AssertUnwindSafe(|| {
-            run(source, options, device, students, wanted, output, stop, runtime, seen.clone())
-        }));
+        let outcome =
+            catch_unwind(AssertUnwindSafe(|| run(source, options, device, connections, runtime, seen.clone())));
         match outcome {
             Ok(Ok(())) => {}
             Ok(Err(why)) => seen.fail(why),
@@ -220,15 +240,11 @@ fn give_way() {
     }
 }
 
-#[allow(clippy::too_many_arguments)] // the thread's whole world, taken apart once
 fn run(
     source: Arc<NetworkSource>,
     options: EngineOptions,
     device: Device,
-    students: watch::Receiver<Option<Arc<Student>>>,
-    wanted: Wanted,
-    output: async_channel::Sender<DreamBatch>,
-    stop: CancellationToken,
+    connections: Connections,
     runtime: Handle,
     status: Arc<EngineStatus>,
 ) -> Result<(), String> {
@@ -238,22 +254,98 @@ fn run(
     let teacher = Teacher::load(&source, device, Kind::Float);
     tracing::info!(?device, arch = source.spec.arch(), sha256 = %source.identity, "the teacher is on the device");
 
+    let Connections { students, wanted, recall, synthesizer: mut chosen, generator, saved, output, stop } =
+        connections;
     let mut synthesizer = Synthesizer::new(options.settings, teacher.num_classes(), options.seed);
-    let mut world = World { device, students, adopted: None, unreported: None, stop, status };
+    if let Some(file) = generator {
+        match FastGenerator::restore(&teacher, synthesizer.settings(), file) {
+            Ok(generator) => {
+                tracing::info!(batches = generator.batches(), "going on with the stored generator");
+                synthesizer.adopt_generator(generator);
+            }
+            Err(error) => tracing::warn!(%error, "the stored generator cannot be gone on with; a new one begins"),
+        }
+    }
+    let mut world = World { device, students, recall, adopted: None, unreported: None, stop, status };
+    let mut keeper = Keeper { saved, at: Instant::now(), batches: 0 };
+    let outcome = produce(
+        &mut synthesizer,
+        &teacher,
+        &mut world,
+        &wanted,
+        &mut chosen,
+        &output,
+        &runtime,
+        &mut keeper,
+        options.max_images,
+    );
+    keeper.save(&synthesizer);
+    outcome?;
+    if !world.stop.is_cancelled() {
+        tracing::info!("max_images are made; the log goes on being served");
+        world.status.enter(EngineState::Finished);
+        world.rest(&runtime, Duration::MAX);
+    }
+    Ok(())
+}
+
+/// Saves the generator from time to time.
+struct Keeper {
+    saved: watch::Sender<Option<Bytes>>,
+    at: Instant,
+    /// The generator's batches when it was saved last.
+    batches: u64,
+}
+
+impl Keeper {
+    fn save_if_due(&mut self, synthesizer: &Synthesizer) {
+        if self.at.elapsed() >= SAVE_GENERATOR_EVERY {
+            self.save(synthesizer);
+        }
+    }
+
+    fn save(&mut self, synthesizer: &Synthesizer) {
+        let Some(generator) = synthesizer.generator().filter(|generator| generator.batches() != self.batches) else {
+            return;
+        };
+        self.batches = generator.batches();
+        self.at = Instant::now();
+        self.saved.send_replace(Some(generator.save().into()));
+    }
+}
+
+/// Makes batches until `max_images` are made or the engine must end.
+#[allow(clippy::too_many_arguments)] // the thread's world, taken apart once
+fn produce(
+    synthesizer: &mut Synthesizer,
+    teacher: &Teacher,
+    world: &mut World,
+    wanted: &Wanted,
+    chosen: &mut watch::Receiver<SynthesizerKind>,
+    output: &async_channel::Sender<DreamBatch>,
+    runtime: &Handle,
+    keeper: &mut Keeper,
+    max_images: Option<u64>,
+) -> Result<(), String> {
     let mut made = 0u64;
     let mut failures = 0;
     let mut dropped = 0;
-    while options.max_images.is_none_or(|most| made < most) {
+    while max_images.is_none_or(|most| made < most) {
         if !wanted() {
             world.status.enter(EngineState::Resting);
-            world.rest(&runtime, DEMAND_PAUSE);
+            world.rest(runtime, DEMAND_PAUSE);
             if world.stop.is_cancelled() {
                 return Ok(());
             }
             continue;
         }
         world.status.enter(EngineState::Synthesizing);
-        let batch = match catch_unwind(AssertUnwindSafe(|| synthesizer.run(&teacher, &mut world))) {
+        let kind = *chosen.borrow_and_update();
+        if kind != synthesizer.settings().synthesizer {
+            tracing::info!(synthesizer = kind.name(), "switched");
+            synthesizer.switch(kind);
+        }
+        let batch = match catch_unwind(AssertUnwindSafe(|| synthesizer.run(teacher, world))) {
             Ok(Ok(batch)) => batch,
             Ok(Err(SynthesisError::Stopped)) => return Ok(()),
             Ok(Err(error @ SynthesisError::NotFinite { .. })) => {
@@ -265,7 +357,7 @@ fn run(
                 if dropped % MAX_DROPPED == 0 {
                     world.set_student_aside();
                 }
-                world.rest(&runtime, DROPPED_PAUSE);
+                world.rest(runtime, DROPPED_PAUSE);
                 continue;
             }
             Err(panic) => {
@@ -276,26 +368,24 @@ fn run(
                 if failures >= MAX_FAILURES {
                     return Err(format!("{failures} synthesis runs failed in a row; the last one: {error}"));
                 }
-                world.rest(&runtime, FAILURE_PAUSE);
+                world.rest(runtime, FAILURE_PAUSE);
                 continue;
             }
         };
         (failures, dropped) = (0, 0);
         count_run("finished");
-        let batch = match options.max_images {
+        keeper.save_if_due(synthesizer);
+        let batch = match max_images {
             Some(most) => batch.truncated((most - made) as usize),
             None => batch,
         };
         made += batch.count() as u64;
         report_batch(&batch);
         world.report_staleness();
-        if !world.hand_over(&runtime, &output, batch) {
+        if !world.hand_over(runtime, output, batch) {
             return Ok(());
         }
     }
-    tracing::info!(images = made, "max_images are made; the log goes on being served");
-    world.status.enter(EngineState::Finished);
-    world.rest(&runtime, Duration::MAX);
     Ok(())
 }
 
@@ -320,6 +410,7 @@ struct Adopted {
 struct World {
     device: Device,
     students: watch::Receiver<Option<Arc<Student>>>,
+    recall: Recall,
     adopted: Option<Adopted>,
     /// The arrival of a student's last byte, and how long ago that was when the newest step began, until the first step
     /// against it has been made.
@@ -407,6 +498,10 @@ impl Surroundings for World {
             *waited = received.elapsed();
         }
         self.adopted.as_ref().map(|adopted| (&adopted.network, adopted.version))
+    }
+
+    fn recall(&mut self, count: usize) -> Option<Recalled> {
+        (self.recall)(count)
     }
 
     fn step_done(&mut self, report: StepReport) {

@@ -51,7 +51,7 @@ macro_rules! metrics {
 
 metrics! {
     IMAGES_SYNTHESIZED = "dreamfeed_images_synthesized_total", Kind::Counter, Count,
-        "Images finished. synthesizer: adi, noise.";
+        "Images finished. synthesizer: adi, warm-adi, fast, hybrid, noise.";
     SYNTHESIS_RUNS = "dreamfeed_synthesis_runs_total", Kind::Counter, Count,
         "Synthesis runs ended. outcome: finished, non_finite (dropped, the daemon goes on), error.";
     LOSS = "dreamfeed_loss", Kind::Gauge, Count,

@@ -83,6 +83,7 @@ impl Made {
             geometry: GEOMETRY,
             num_classes: LOGITS,
             synthesizer: "noise",
+            settings: "{}".into(),
             created_at: SystemTime::now(),
         }
     }
@@ -99,12 +100,7 @@ fn pixels(images: &[u8]) -> Vec<u64> {
 
 async fn open_log(storage: &Storage, max_images: u64, seed_images: u64) -> Arc<Log> {
     let retention = Retention { max_images: Some(max_images), seed_images, ..Retention::default() };
-    let maker = Maker {
-        teacher_sha256: "ab".repeat(32),
-        geometry: GEOMETRY,
-        num_classes: LOGITS,
-        settings_json: "{}".into(),
-    };
+    let maker = Maker { teacher_sha256: "ab".repeat(32), geometry: GEOMETRY, num_classes: LOGITS };
     Log::open(storage.clone(), LogOptions { retention, cache_bytes: 1 << 20 }, maker).await.unwrap()
 }
 

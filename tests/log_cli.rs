@@ -37,6 +37,7 @@ fn batch(first: u64, count: usize) -> DreamBatch {
         geometry: GEOMETRY,
         num_classes: CLASSES,
         synthesizer: "noise",
+        settings: "{}".into(),
         created_at: SystemTime::UNIX_EPOCH + Duration::from_millis(1_700_000_000_123),
     }
 }
@@ -61,12 +62,7 @@ impl Store {
     fn append(&self, chunks: usize, retention: Retention) {
         run(async {
             let options = LogOptions { retention, cache_bytes: 1 << 20 };
-            let maker = Maker {
-                teacher_sha256: "ab".repeat(32),
-                geometry: GEOMETRY,
-                num_classes: CLASSES,
-                settings_json: "{}".into(),
-            };
+            let maker = Maker { teacher_sha256: "ab".repeat(32), geometry: GEOMETRY, num_classes: CLASSES };
             let log = Log::open(self.storage(), options, maker).await.unwrap();
             for _ in 0..chunks {
                 let next = log.extent().next_sequence;

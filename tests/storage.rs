@@ -155,13 +155,13 @@ fn batch(first: u64, count: u64) -> Arc<DreamBatch> {
         geometry: GEOMETRY,
         num_classes: 3,
         synthesizer: "noise",
+        settings: "{}".into(),
         created_at: SystemTime::now(),
     })
 }
 
 async fn open_log(storage: &Storage, retention: Retention) -> Arc<Log> {
-    let maker =
-        Maker { teacher_sha256: "ab".repeat(32), geometry: GEOMETRY, num_classes: 3, settings_json: "{}".into() };
+    let maker = Maker { teacher_sha256: "ab".repeat(32), geometry: GEOMETRY, num_classes: 3 };
     Log::open(storage.clone(), LogOptions { retention, cache_bytes: 1 << 20 }, maker).await.unwrap()
 }
 

@@ -14,6 +14,7 @@ pub mod dream;
 pub mod evaluate;
 pub mod log;
 pub mod serve;
+pub mod synthesizer;
 
 use std::io::{self, Write};
 
@@ -37,6 +38,7 @@ enum Command {
     Dream(Box<dream::Args>),
     Bench(Box<bench::Args>),
     Log(Box<log::Args>),
+    Synthesizer(synthesizer::Args),
 }
 
 /// Parses the process's arguments and does what they say. Usage errors end the process with code 2.
@@ -54,6 +56,7 @@ pub fn run() -> anyhow::Result<()> {
         Command::Dream(args) => dream::run(*args),
         Command::Bench(args) => bench::run(*args),
         Command::Log(args) => log::run(*args),
+        Command::Synthesizer(args) => synthesizer::run(args),
     }
 }
 

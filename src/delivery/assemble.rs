@@ -11,6 +11,7 @@ use serde_json::json;
 use super::policy::PixelFormat;
 use crate::log::{Chunk, LogIdentity};
 use crate::model::source::Normalization;
+use crate::synthesis::settings::SynthesizerKind;
 
 /// The `format` in the metadata of a batch that was put together for one policy.
 pub const FORMAT: &str = "dreamfeed.batch.v1";
@@ -52,6 +53,7 @@ struct Columns {
     labels: Range<usize>,
     sequence: Range<usize>,
     student_version: Range<usize>,
+    synthesizer: Range<usize>,
     competition: Range<usize>,
     teacher_logits: Range<usize>,
     images: Range<usize>,
@@ -79,6 +81,7 @@ impl<'a> Assembly<'a> {
             ("count", count.to_string()),
             ("fresh_count", fresh.to_string()),
             ("pixels", pixels.name().to_owned()),
+            ("synthesizers", SynthesizerKind::ALL.map(SynthesizerKind::name).join(",")),
         ]);
         let mut header = serde_json::Map::from_iter([("__metadata__".to_owned(), json!(metadata))]);
         let mut end = 0;
@@ -94,6 +97,7 @@ impl<'a> Assembly<'a> {
             labels: column("labels", "I64", &[n], 8 * n),
             sequence: column("sequence", "I64", &[n], 8 * n),
             student_version: column("student_version", "I64", &[n], 8 * n),
+            synthesizer: column("synthesizer", "I64", &[n], 8 * n),
             competition: column("competition", "F32", &[n], 4 * n),
             teacher_logits: column("teacher_logits", "F32", &[n, k], 4 * n * k),
             images: column("images", dtype, &image_shape, n * geometry.pixels() * width),
@@ -105,6 +109,7 @@ impl<'a> Assembly<'a> {
             &mut columns.labels,
             &mut columns.sequence,
             &mut columns.student_version,
+            &mut columns.synthesizer,
             &mut columns.competition,
             &mut columns.teacher_logits,
             &mut columns.images,
@@ -137,10 +142,12 @@ impl<'a> Assembly<'a> {
             return false;
         };
         let columns = &self.columns;
-        let small: [(&Range<usize>, &[u8]); 5] = [
+        let synthesizer = code(chunk).to_le_bytes();
+        let small: [(&Range<usize>, &[u8]); 6] = [
             (&columns.labels, label),
             (&columns.sequence, &sequence),
             (&columns.student_version, version),
+            (&columns.synthesizer, &synthesizer),
             (&columns.competition, competition),
             (&columns.teacher_logits, logits),
         ];
@@ -167,6 +174,13 @@ impl<'a> Assembly<'a> {
     pub fn finish(self) -> Option<Bytes> {
         (self.file.len() == self.columns.images.end).then(|| self.file.into())
     }
+}
+
+/// The chunk's synthesizer as an index into the metadata's list; -1 where a newer daemon made it by one unknown here.
+fn code(chunk: &Chunk) -> i64 {
+    let name = chunk.metadata().get("synthesizer").map(String::as_str);
+    let index = SynthesizerKind::ALL.iter().position(|kind| name == Some(kind.name()));
+    index.and_then(|index| i64::try_from(index).ok()).unwrap_or(-1)
 }
 
 fn convert<const B: usize>(file: &mut Vec<u8>, image: &[u8], plane: usize, tables: &[[[u8; B]; 256]]) {

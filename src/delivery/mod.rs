@@ -12,11 +12,14 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
 use tokio::sync::watch;
 
 use crate::log::Log;
 use crate::model::source::Normalization;
 use crate::students::Student;
+use crate::synthesis::Recalled;
 
 pub use assemble::FORMAT;
 use assemble::PixelTables;
@@ -85,6 +88,29 @@ impl Delivery {
     /// A subscription that starts with the image at `position`.
     pub fn subscribe(self: &Arc<Self>, position: u64, policy: Policy) -> Subscription {
         Subscription::new(self.clone(), position, policy)
+    }
+
+    /// So many images of the log, drawn uniformly, to be optimized further. None where it has none, or they cannot be
+    /// read at present.
+    pub async fn recall(&self, count: usize) -> Option<Recalled> {
+        let mut random = ChaCha8Rng::seed_from_u64(rand::random());
+        let mut recalled = Recalled::default();
+        // A chunk that cannot be read is one draw in vain; a log of nothing else ends this.
+        for _ in 0..2 * count.div_ceil(ROWS_PER_DRAW) {
+            let missing = count - recalled.labels.len();
+            if missing == 0 {
+                break;
+            }
+            let entry = self.table(Sampling::Uniform, None).draw(&mut random).cloned()?;
+            let Ok(chunk) = self.log.load(entry.summary.first_sequence).await else { continue };
+            let pixels = self.log.identity().geometry.pixels();
+            for row in draw_rows(&chunk, Sampling::Uniform, ROWS_PER_DRAW.min(missing), |_| true, &mut random) {
+                let row = row as usize;
+                recalled.images.extend_from_slice(chunk.images().get(row * pixels..(row + 1) * pixels)?);
+                recalled.labels.push(i64::from_le_bytes(*chunk.labels().get(row)?));
+            }
+        }
+        (recalled.labels.len() == count).then_some(recalled)
     }
 
     /// The chunks to replay from, by weight.

@@ -161,7 +161,7 @@ impl Chunk {
             ("replica".to_owned(), log.replica.clone()),
             ("teacher_sha256".to_owned(), log.teacher_sha256.clone()),
             ("synthesizer".to_owned(), batch.synthesizer.to_owned()),
-            ("settings".to_owned(), log.settings_json.clone()),
+            ("settings".to_owned(), batch.settings.to_string()),
             ("created_at".to_owned(), humantime::format_rfc3339_millis(batch.created_at).to_string()),
         ]);
         Self::checked(write(&parts, metadata, first_sequence, count))

@@ -65,8 +65,6 @@ pub struct LogIdentity {
     pub geometry: Geometry,
     /// K.
     pub num_classes: usize,
-    /// The synthesizer's settings, JSON.
-    pub settings_json: String,
 }
 
 /// How a log is kept.

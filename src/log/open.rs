@@ -244,14 +244,12 @@ pub struct Maker {
     pub geometry: Geometry,
     /// K.
     pub num_classes: usize,
-    /// The synthesizer's settings, JSON.
-    pub settings_json: String,
 }
 
 impl Log {
     /// Opens the log in a storage, or begins one. Reads the first kilobytes of every chunk.
     pub async fn open(storage: Storage, options: LogOptions, maker: Maker) -> Result<Arc<Self>, OpenError> {
-        let Maker { teacher_sha256, geometry, num_classes, settings_json } = maker;
+        let Maker { teacher_sha256, geometry, num_classes } = maker;
         let shape = [geometry.channels, geometry.height, geometry.width];
         let began = std::time::Instant::now();
         let contents = match read(&storage).await? {
@@ -318,7 +316,6 @@ impl Log {
                 teacher_sha256,
                 geometry,
                 num_classes,
-                settings_json,
             },
             storage,
             options,

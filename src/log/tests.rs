@@ -18,13 +18,12 @@ fn identity() -> LogIdentity {
         teacher_sha256: "ab".repeat(32),
         geometry: GEOMETRY,
         num_classes: 3,
-        settings_json: r#"{"batch_size":4}"#.into(),
     }
 }
 
 fn maker() -> Maker {
-    let LogIdentity { teacher_sha256, geometry, num_classes, settings_json, .. } = identity();
-    Maker { teacher_sha256, geometry, num_classes, settings_json }
+    let LogIdentity { teacher_sha256, geometry, num_classes, .. } = identity();
+    Maker { teacher_sha256, geometry, num_classes }
 }
 
 /// Every image of the log differs from every other: its pixels spell its sequence.
@@ -39,6 +38,7 @@ pub(crate) fn batch(first: u64, count: usize) -> DreamBatch {
         geometry: GEOMETRY,
         num_classes: 3,
         synthesizer: "noise",
+        settings: r#"{"batch_size":4}"#.into(),
         created_at: SystemTime::UNIX_EPOCH + Duration::from_millis(1_700_000_000_123),
     }
 }

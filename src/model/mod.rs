@@ -2,6 +2,7 @@
 //! libtorch ([`network`]). This module knows nothing of synthesis.
 
 pub mod checkpoint;
+pub mod generator;
 pub mod labelled;
 pub mod network;
 pub mod pixels;

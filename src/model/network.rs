@@ -8,6 +8,9 @@
 //!   above, with no further pass over the statistics;
 //! - weights have no gradients, so none can be computed by accident.
 //!
+//! In a 16-bit precision the maps and convolutions are of that kind; images, logits, statistics and all gradients that
+//! leave this module are f32.
+//!
 //! Activations are kept channels-last.
 
 use std::collections::BTreeMap;
@@ -58,6 +61,8 @@ struct Unit {
     /// The batch norm's scale and shift as `[C]`: `y = conv * scale + shift`.
     scale: Tensor,
     shift: Tensor,
+    /// The shift in the kind of the maps.
+    bias: Tensor,
     folded: bool,
     running_mean: Tensor,
     running_var: Tensor,
@@ -72,20 +77,21 @@ struct UnitRecord {
 }
 
 impl Unit {
-    fn new(tensors: &Tensors, conv: &str, bn: &str, stride: usize, padding: i64) -> Self {
+    fn new(tensors: &Tensors, kind: Kind, conv: &str, bn: &str, stride: usize, padding: i64) -> Self {
         let weight = tensors.get(&format!("{conv}.weight"));
         let norm = |part: &str| tensors.get(&format!("{bn}.{part}"));
         let (running_mean, running_var) = (norm("running_mean"), norm("running_var"));
         let scale = norm("weight") / (&running_var + BN_EPSILON).sqrt();
         let shift = norm("bias") - &running_mean * &scale;
         let folded = scale.abs().min().double_value(&[]) >= SMALLEST_FOLDED_SCALE;
-        let weight = if folded { weight * scale.view([-1, 1, 1, 1]) } else { weight };
+        let weight = if folded { weight * scale.view([-1, 1, 1, 1]) } else { weight }.to_kind(kind);
         let turned = channels_last(&weight.transpose(0, 1).flip([2, 3]));
         Self {
             stride: stride as i64,
             padding,
             weight: channels_last(&weight),
             turned,
+            bias: shift.to_kind(kind),
             scale,
             shift,
             folded,
@@ -97,10 +103,11 @@ impl Unit {
     /// The batch norm's output; with `tap`, also the statistics of its input.
     fn forward(&self, x: &Tensor, tap: Option<&mut Vec<BatchStatistics>>) -> (Tensor, UnitRecord) {
         let (stride, padding) = ([self.stride; 2], [self.padding; 2]);
-        let bias = self.folded.then_some(&self.shift);
+        let bias = self.folded.then_some(&self.bias);
         let conv = x.conv2d(&self.weight, bias, stride, padding, [1, 1], 1);
         let tapped = tap.map(|statistics| {
             let (mean, var) = conv.batch_norm_update_stats(None::<&Tensor>, None::<&Tensor>, 0.0);
+            let (mean, var) = (mean.to_kind(self.scale.kind()), var.to_kind(self.scale.kind()));
             let (input_mean, input_var) = if self.folded {
                 ((&mean - &self.shift) / &self.scale, &var / self.scale.square())
             } else {
@@ -115,13 +122,17 @@ impl Unit {
             (conv.shallow_clone(), mean)
         });
         let (height, width) = (x.size()[2], x.size()[3]);
-        let out = if self.folded { conv } else { per_channel(&self.shift).addcmul(&conv, &per_channel(&self.scale)) };
+        let out = if self.folded {
+            conv
+        } else {
+            per_channel(&self.bias).addcmul(&conv, &per_channel(&self.scale.to_kind(conv.kind())))
+        };
         (out, UnitRecord { in_size: [height, width], tapped })
     }
 
     /// From the gradient of the batch norm's output to that of the convolution's input.
     fn backward(&self, grad: Tensor, record: UnitRecord, statistics: Option<&StatisticsGradient>) -> Tensor {
-        let mut grad = if self.folded { grad } else { grad * per_channel(&self.scale) };
+        let mut grad = if self.folded { grad } else { grad * per_channel(&self.scale.to_kind(self.weight.kind())) };
         if let (Some((conv, mean)), Some(statistics)) = (&record.tapped, statistics) {
             // d mean / d c = 1/n and d var / d c = 2 (c - mean) / n. Where the batch norm is folded, c = (y - shift) / scale.
             let size = conv.size();
@@ -131,8 +142,8 @@ impl Unit {
             } else {
                 (&statistics.var * (2.0 / n), &statistics.mean / n)
             };
-            let constant = constant - &slope * mean;
-            grad = per_channel(&constant).addcmul(conv, &per_channel(&slope)) + grad;
+            let constant = (constant - &slope * mean).to_kind(conv.kind());
+            grad = per_channel(&constant).addcmul(conv, &per_channel(&slope.to_kind(conv.kind()))) + grad;
         }
         let [height, width] = record.in_size;
         if self.stride == 1 {
@@ -218,6 +229,11 @@ fn per_channel(vector: &Tensor) -> Tensor {
     vector.view([1, -1, 1, 1])
 }
 
+/// The kind of everything but the maps: f32 beside 16-bit maps.
+fn outer(kind: Kind) -> Kind {
+    if matches!(kind, Kind::BFloat16 | Kind::Half) { Kind::Float } else { kind }
+}
+
 /// The same values with channels innermost in memory.
 pub fn channels_last(x: &Tensor) -> Tensor {
     x.permute([0, 2, 3, 1]).contiguous().permute([0, 3, 1, 2])
@@ -229,24 +245,24 @@ impl FrozenNetwork {
         let _guard = tch::no_grad_guard();
         let named = spec.tensors().into_iter().filter_map(|tensor| {
             let raw = checkpoint.get(&tensor.name)?;
-            Some((tensor.name, to_device(&raw, kind, device)?))
+            Some((tensor.name, to_device(&raw, outer(kind), device)?))
         });
         let tensors = Tensors(named.collect());
         let block = |block: &BlockSpec| {
             let p = &block.prefix;
             let projection = (block.shortcut == Shortcut::Projection).then(|| {
                 let s = format!("{p}.{}", spec.naming.shortcut);
-                Unit::new(&tensors, &format!("{s}.0"), &format!("{s}.1"), block.stride, 0)
+                Unit::new(&tensors, kind, &format!("{s}.0"), &format!("{s}.1"), block.stride, 0)
             });
             Block {
-                first: Unit::new(&tensors, &format!("{p}.conv1"), &format!("{p}.bn1"), block.stride, 1),
-                second: Unit::new(&tensors, &format!("{p}.conv2"), &format!("{p}.bn2"), 1, 1),
+                first: Unit::new(&tensors, kind, &format!("{p}.conv1"), &format!("{p}.bn1"), block.stride, 1),
+                second: Unit::new(&tensors, kind, &format!("{p}.conv2"), &format!("{p}.bn2"), 1, 1),
                 projection,
                 spec: block.clone(),
             }
         };
         Self {
-            stem: Unit::new(&tensors, "conv1", "bn1", 1, 1),
+            stem: Unit::new(&tensors, kind, "conv1", "bn1", 1, 1),
             blocks: spec.blocks.iter().map(block).collect(),
             head_weight: tensors.get(&format!("{}.weight", spec.naming.head)),
             head_bias: tensors.get(&format!("{}.bias", spec.naming.head)),
@@ -266,9 +282,9 @@ impl FrozenNetwork {
         self.device
     }
 
-    /// The element type of its input.
+    /// The element type of images, logits and gradients; that of the maps may be a shorter one.
     pub fn kind(&self) -> Kind {
-        self.kind
+        outer(self.kind)
     }
 
     /// Logits `[N, K]` of normalized images `[N, C, H, W]`, in evaluation mode.
@@ -283,7 +299,8 @@ impl FrozenNetwork {
 
     fn run(&self, x: &Tensor, tap: bool) -> Recorded {
         let mut statistics = Vec::new();
-        let (out, stem) = self.stem.forward(&channels_last(x), tap.then_some(&mut statistics));
+        let x = channels_last(&x.to_kind(self.kind));
+        let (out, stem) = self.stem.forward(&x, tap.then_some(&mut statistics));
         let mut h = out.relu();
         let stem_output = h.shallow_clone();
         let mut blocks = Vec::with_capacity(self.blocks.len());
@@ -309,7 +326,7 @@ impl FrozenNetwork {
             });
             h = output;
         }
-        let features = h.mean_dim([2i64, 3].as_slice(), false, None);
+        let features = h.mean_dim([2i64, 3].as_slice(), false, outer(self.kind));
         let logits = features.linear(&self.head_weight, Some(&self.head_bias));
         Recorded { logits, statistics, stem, stem_output, blocks }
     }
@@ -323,7 +340,7 @@ impl FrozenNetwork {
         // The features are means over the last map's pixels.
         let shape = blocks.last().map_or_else(|| stem_output.size(), |block| block.output.size());
         let features = logits.matmul(&self.head_weight) / (shape[2] * shape[3]) as f64;
-        let mut grad = channels_last(&per_pixel(&features, &shape));
+        let mut grad = channels_last(&per_pixel(&features.to_kind(self.kind), &shape));
         for (block, record) in self.blocks.iter().zip(blocks).rev() {
             grad = record.output.threshold_backward(&grad, 0.0);
             let tap = if block.projection.is_some() { taps.next_back() } else { None };
@@ -337,7 +354,7 @@ impl FrozenNetwork {
             grad = below;
         }
         grad = stem_output.threshold_backward(&grad, 0.0);
-        self.stem.backward(grad, stem, taps.next_back())
+        self.stem.backward(grad, stem, taps.next_back()).to_kind(outer(self.kind))
     }
 }
 
@@ -352,7 +369,7 @@ fn padding(spec: &BlockSpec) -> (i64, i64) {
 }
 
 /// The block input as option A or the identity shortcut passes it on.
-pub(super) fn pad_shortcut(h: &Tensor, spec: &BlockSpec) -> Tensor {
+pub fn pad_shortcut(h: &Tensor, spec: &BlockSpec) -> Tensor {
     if spec.shortcut == Shortcut::Identity {
         return h.shallow_clone();
     }

@@ -26,6 +26,11 @@ impl Pixels {
         (pixels.to_device(self.mean.device()).to_kind(self.kind) / 255.0 - &self.mean) / &self.std
     }
 
+    /// Images `[N, C, H, W]` in 0..1 as the network wants them.
+    pub fn normalize_unit(&self, images: &Tensor) -> Tensor {
+        (images - &self.mean) / &self.std
+    }
+
     /// Normalized images `[N, C, H, W]` as u8 pixels, rounded and saturated.
     pub fn quantize(&self, images: &Tensor) -> Tensor {
         ((images * &self.std + &self.mean) * 255.0).round().clamp(0.0, 255.0).to_kind(Kind::Uint8)

@@ -333,6 +333,27 @@ impl NetworkSpec {
         list
     }
 
+    /// The channels of every batch norm, in the order in which PyTorch registers them.
+    pub fn batch_norm_widths(&self) -> Vec<usize> {
+        let tensors = self.tensors().into_iter().filter(|tensor| tensor.name.ends_with(".running_mean"));
+        tensors.filter_map(|tensor| tensor.shape.first().copied()).collect()
+    }
+
+    /// Multiply-adds of one forward pass of one image, convolutions and head.
+    pub fn multiply_adds(&self, height: usize, width: usize) -> u64 {
+        let conv = |inp: usize, out: usize, kernel: usize, h: usize, w: usize| inp * out * kernel * kernel * h * w;
+        let (mut h, mut w) = (height, width);
+        let mut sum = conv(self.in_channels, self.stem_width, 3, h, w);
+        for block in &self.blocks {
+            (h, w) = (h.div_ceil(block.stride), w.div_ceil(block.stride));
+            sum += conv(block.in_width, block.mid_width, 3, h, w) + conv(block.mid_width, block.out_width, 3, h, w);
+            if block.shortcut == Shortcut::Projection {
+                sum += conv(block.in_width, block.out_width, 1, h, w);
+            }
+        }
+        (sum + self.feature_width() * self.num_classes) as u64
+    }
+
     /// The number of trainable parameters.
     pub fn num_parameters(&self) -> u64 {
         let size = |tensor: &ExpectedTensor| tensor.shape.iter().product::<usize>() as u64;

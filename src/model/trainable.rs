@@ -130,15 +130,22 @@ impl TrainableNetwork {
     /// The same with further tensors, saved as f32.
     pub fn to_safetensors_with(&self, like: &Metadata, more: &[(String, &Tensor)]) -> Vec<u8> {
         let tensors = self.tensors.iter().map(|(name, tensor)| (name.clone(), tensor)).chain(more.iter().cloned());
-        let mut hosts: Vec<(String, Vec<usize>, Vec<u8>)> =
-            tensors.map(|(name, tensor)| host(name, tensor)).collect();
-        hosts.sort_by(|a, b| a.0.cmp(&b.0));
-        let tensors: Vec<TensorToWrite<'_>> = hosts
-            .iter()
-            .map(|(name, shape, data)| (name.as_str(), Dtype::F32, shape.as_slice(), data.as_slice()))
-            .collect();
-        encode(&tensors, &like.0)
+        write(tensors, &like.0)
     }
+}
+
+/// Tensors as safetensors, in order of name, as f32.
+pub fn write<'a>(
+    tensors: impl Iterator<Item = (String, &'a Tensor)>,
+    metadata: &BTreeMap<String, String>,
+) -> Vec<u8> {
+    let mut hosts: Vec<(String, Vec<usize>, Vec<u8>)> = tensors.map(|(name, tensor)| host(name, tensor)).collect();
+    hosts.sort_by(|a, b| a.0.cmp(&b.0));
+    let tensors: Vec<TensorToWrite<'_>> = hosts
+        .iter()
+        .map(|(name, shape, data)| (name.as_str(), Dtype::F32, shape.as_slice(), data.as_slice()))
+        .collect();
+    encode(&tensors, metadata)
 }
 
 fn host(name: String, tensor: &Tensor) -> (String, Vec<usize>, Vec<u8>) {

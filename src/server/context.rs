@@ -10,7 +10,7 @@ use crate::delivery::Delivery;
 use crate::engine::{EngineState, EngineStatus};
 use crate::model::source::NetworkSource;
 use crate::students::StudentStore;
-use crate::synthesis::settings::Settings;
+use crate::synthesis::settings::{Settings, SynthesizerKind};
 
 /// Whether work can be accepted.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,8 +31,10 @@ pub enum Readiness {
 pub struct Context {
     /// The teacher, on the host.
     pub teacher: Arc<NetworkSource>,
-    /// What the engine makes.
+    /// What the engine began with.
     pub settings: Settings,
+    /// Which synthesizer makes the next batch.
+    pub synthesizer: watch::Sender<SynthesizerKind>,
     /// The engine's condition.
     pub engine: Arc<EngineStatus>,
     /// The log, and who reads it.
@@ -54,6 +56,11 @@ pub struct Context {
 }
 
 impl Context {
+    /// What the engine makes from the next batch on.
+    pub fn settings(&self) -> Settings {
+        Settings { synthesizer: *self.synthesizer.borrow(), ..self.settings.clone() }
+    }
+
     /// Whether work can be accepted. Takes no lock that anybody holds for long.
     pub fn readiness(&self) -> Readiness {
         if self.draining.is_cancelled() {

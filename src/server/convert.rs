@@ -67,11 +67,12 @@ pub(super) fn log(log: &Log) -> proto::Log {
 }
 
 pub(super) fn synthesizer(context: &Context) -> proto::Synthesizer {
+    let settings = context.settings();
     proto::Synthesizer {
-        name: context.settings.synthesizer.name().to_owned(),
-        preset: context.settings.preset.clone(),
-        settings_json: context.delivery.log().identity().settings_json.clone(),
-        batch_size: saturate(context.settings.batch_size),
+        name: settings.synthesizer.name().to_owned(),
+        settings_json: settings.json().to_string(),
+        preset: settings.preset,
+        batch_size: saturate(settings.batch_size),
     }
 }
 

@@ -21,6 +21,7 @@ use super::{Listeners, ServeError, health};
 use crate::config::Config;
 use crate::delivery::{Delivery, Demand, Reason};
 use crate::engine;
+use crate::generators;
 use crate::log::{AppendError, Log, Maker};
 use crate::proto::FILE_DESCRIPTOR_SET;
 use crate::storage::Storage;
@@ -51,19 +52,17 @@ pub async fn run(config: Config, listeners: Listeners) -> Result<(), ServeError>
     let handle = telemetry::install()?;
     let ready_file = ReadyFile::write(config.ready_file.clone(), &listeners)?;
     let settings = config.engine.settings.clone();
-    let settings_json = serde_json::to_string(&settings)
-        .map_err(|e| ServeError::Internal(format!("the synthesis settings cannot be written as JSON: {e}")))?;
     let spec = &config.teacher.spec;
     let storage = Storage::open(&config.store)?;
     let maker = Maker {
         teacher_sha256: config.teacher.identity.clone(),
         geometry: config.teacher.geometry,
         num_classes: spec.num_classes,
-        settings_json,
     };
     let log = Log::open(storage.clone(), config.log, maker).await?;
     let requirements = Requirements { num_classes: spec.num_classes, in_channels: spec.in_channels };
-    let students = StudentStore::open(storage, requirements, config.students).await?;
+    let students = StudentStore::open(storage.clone(), requirements, config.students).await?;
+    let generator = generators::newest(&storage).await?;
     let delivery = Delivery::new(log.clone(), &config.teacher.normalization, students.watch());
     let (fault_sender, storage_fault) = watch::channel(None);
 
@@ -73,13 +72,28 @@ pub async fn run(config: Config, listeners: Listeners) -> Result<(), ServeError>
     let reason = reason(demand, storage_fault.clone());
     let asked = reason.clone();
     let wanted: engine::Wanted = Arc::new(move || asked().is_demand());
+    let (runtime, recalling) = (tokio::runtime::Handle::current(), delivery.clone());
+    let recall: engine::Recall = Arc::new(move |count| runtime.block_on(recalling.recall(count)));
+    let synthesizer = watch::Sender::new(settings.synthesizer);
+    let (saved, generators) = watch::channel(None);
+    let connections = engine::Connections {
+        students: students.watch(),
+        wanted,
+        recall,
+        synthesizer: synthesizer.subscribe(),
+        generator,
+        saved,
+        output,
+        stop: stop.clone(),
+    };
     let engine =
-        engine::spawn(config.teacher.clone(), config.engine.clone(), students.watch(), wanted, output, stop.clone())
-            .map_err(ServeError::Engine)?;
+        engine::spawn(config.teacher.clone(), config.engine.clone(), connections).map_err(ServeError::Engine)?;
+    let keeping = tokio::spawn(generators::keep(storage, generators));
     let draining = CancellationToken::new();
     let context = Arc::new(Context {
         teacher: config.teacher.clone(),
         settings,
+        synthesizer,
         engine: engine.status.clone(),
         delivery,
         storage_fault,
@@ -185,6 +199,9 @@ pub async fn run(config: Config, listeners: Listeners) -> Result<(), ServeError>
         tracing::warn!(
             "the storage took no images until the drain's deadline; those that still waited for it are lost"
         );
+    }
+    if timeout_at(deadline, keeping).await.is_err() {
+        tracing::warn!("the generator was not stored until the drain's deadline; its newest learning is lost");
     }
     admin_task.abort();
     upkeep.abort_all();

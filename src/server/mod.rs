@@ -12,6 +12,7 @@ mod health;
 mod lifecycle;
 mod push_student;
 mod service;
+mod set_synthesizer;
 mod stream;
 
 use std::net::{SocketAddr, TcpListener};

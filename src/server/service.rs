@@ -7,11 +7,11 @@ use futures_util::stream::Empty;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::context::Context;
-use super::{describe, fetch_student, push_student};
+use super::{describe, fetch_student, push_student, set_synthesizer};
 use crate::proto::dreamfeed_service_server::{DreamfeedService, DreamfeedServiceServer};
 use crate::proto::{
-    DescribeRequest, DescribeResponse, FetchStudentRequest, PushStudentRequest, PushStudentResponse, StreamRequest,
-    StreamResponse,
+    DescribeRequest, DescribeResponse, FetchStudentRequest, PushStudentRequest, PushStudentResponse,
+    SetSynthesizerRequest, SetSynthesizerResponse, StreamRequest, StreamResponse,
 };
 use crate::telemetry;
 
@@ -50,6 +50,14 @@ impl DreamfeedService for Service {
     ) -> Result<Response<Self::FetchStudentStream>, Status> {
         let started = Instant::now();
         answer("FetchStudent", started, fetch_student::open(&self.0, request.into_inner()).await)
+    }
+
+    async fn set_synthesizer(
+        &self,
+        request: Request<SetSynthesizerRequest>,
+    ) -> Result<Response<SetSynthesizerResponse>, Status> {
+        let started = Instant::now();
+        answer("SetSynthesizer", started, set_synthesizer::set_synthesizer(&self.0, &request.into_inner()))
     }
 }
 

@@ -6,39 +6,15 @@ use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 use tch::Tensor;
 
+use super::adam::Adam;
+use super::memory::StatisticsMemory;
 use super::objective::{self, Gradients, LossReport};
 use super::settings::{Schedule, Settings};
-use super::{Flow, StepReport, Surroundings, SynthesisError, Teacher};
+use super::{Flow, Optimized, StepReport, Surroundings, SynthesisError, Teacher};
 use crate::model::network::FrozenNetwork;
 
 /// The loss is read, which waits for the device, at every step whose index is a multiple of this, and at the last.
 pub const REPORT_EVERY: u32 = 10;
-
-/// Adam (Kingma & Ba 2015) on one tensor.
-#[derive(Debug)]
-struct Adam {
-    betas: [f64; 2],
-    first: Tensor,
-    second: Tensor,
-    steps: i32,
-}
-
-impl Adam {
-    fn new(x: &Tensor, betas: [f64; 2]) -> Self {
-        Self { betas, first: x.zeros_like(), second: x.zeros_like(), steps: 0 }
-    }
-
-    fn step(&mut self, x: &mut Tensor, gradient: &Tensor, learning_rate: f64) {
-        self.steps += 1;
-        let [beta1, beta2] = self.betas;
-        let _ = self.first.lerp_(gradient, 1.0 - beta1);
-        let _ = self.second.lerp_(&gradient.square(), 1.0 - beta2);
-        let correction1 = 1.0 - beta1.powi(self.steps);
-        let correction2 = 1.0 - beta2.powi(self.steps);
-        let denominator = (self.second.sqrt() / correction2.sqrt() + 1e-8) * (-correction1 / learning_rate);
-        let _ = x.addcdiv_(&self.first, &denominator);
-    }
-}
 
 /// The factor on the learning rate at `step` of `steps`.
 pub fn schedule_factor(schedule: Schedule, step: u32, steps: u32) -> f64 {
@@ -57,13 +33,13 @@ pub fn schedule_factor(schedule: Schedule, step: u32, steps: u32) -> f64 {
 /// The roll and mirror that a whole batch gets at one step. Both are permutations of pixels, so the gradient goes back
 /// through their inverse.
 #[derive(Clone, Copy, Debug)]
-struct Augmentation {
+pub(super) struct Augmentation {
     shift: [i64; 2],
     mirrored: bool,
 }
 
 impl Augmentation {
-    fn draw(settings: &Settings, rng: &mut ChaCha8Rng) -> Self {
+    pub(super) fn draw(settings: &Settings, rng: &mut ChaCha8Rng) -> Self {
         let reach = i64::from(settings.jitter);
         Self {
             shift: [rng.random_range(-reach..=reach), rng.random_range(-reach..=reach)],
@@ -71,12 +47,12 @@ impl Augmentation {
         }
     }
 
-    fn apply(self, x: &Tensor) -> Tensor {
+    pub(super) fn apply(self, x: &Tensor) -> Tensor {
         let rolled = if self.shift == [0, 0] { x.shallow_clone() } else { x.roll(self.shift, [2, 3]) };
         if self.mirrored { rolled.flip([3]) } else { rolled }
     }
 
-    fn undo(self, gradient: &Tensor) -> Tensor {
+    pub(super) fn undo(self, gradient: &Tensor) -> Tensor {
         let gradient = if self.mirrored { gradient.flip([3]) } else { gradient.shallow_clone() };
         let [down, right] = self.shift;
         if self.shift == [0, 0] { gradient } else { gradient.roll([-down, -right], [2, 3]) }
@@ -92,7 +68,23 @@ pub fn image_gradient(
     targets: &Tensor,
     student: Option<&FrozenNetwork>,
 ) -> (Tensor, Gradients) {
-    let recorded = teacher.network.forward(seen, settings.r_feature_weight > 0.0);
+    gradient_beside(teacher, settings, seen, targets, student, None)
+}
+
+/// The same. With a memory, R_feature (weight and all) holds the batch's statistics mixed with those of earlier batches
+/// against the teacher's.
+pub(super) fn gradient_beside(
+    teacher: &Teacher,
+    settings: &Settings,
+    seen: &Tensor,
+    targets: &Tensor,
+    student: Option<&FrozenNetwork>,
+    memory: Option<&mut StatisticsMemory>,
+) -> (Tensor, Gradients) {
+    let mut recorded = teacher.network.forward(seen, settings.r_feature_weight > 0.0);
+    if let Some(memory) = memory {
+        memory.mix(&mut recorded.statistics);
+    }
     let student = student.map(|network| (network, network.forward(seen, false)));
     let loss = objective::evaluate(
         settings,
@@ -110,13 +102,6 @@ pub fn image_gradient(
         gradient += prior;
     }
     (gradient, loss)
-}
-
-/// Images after their last step.
-pub(super) struct Optimized {
-    pub images: Tensor,
-    /// The newest student the images were optimized against; 0 = none.
-    pub student_version: u64,
 }
 
 /// Optimizes `[N, C, H, W]` normalized images in place of `images`, whose targets are `[N]`.
@@ -189,16 +174,5 @@ mod tests {
         assert_eq!(schedule_factor(Schedule::WarmupCosine, 99, 2000), 1.0);
         assert_eq!(schedule_factor(Schedule::WarmupCosine, 100, 2000), 1.0);
         assert!(schedule_factor(Schedule::WarmupCosine, 1999, 2000) < 1e-5);
-    }
-
-    #[test]
-    fn adam_is_adam() {
-        // Values of torch.optim.Adam(lr=0.1) after two steps from 1.0 with gradients 0.5 and -0.25.
-        let mut x = Tensor::from_slice(&[1.0f64]);
-        let mut adam = Adam::new(&x, [0.9, 0.999]);
-        adam.step(&mut x, &Tensor::from_slice(&[0.5f64]), 0.1);
-        assert!((x.double_value(&[0]) - 0.900000002).abs() < 1e-12);
-        adam.step(&mut x, &Tensor::from_slice(&[-0.25f64]), 0.1);
-        assert!((x.double_value(&[0]) - 0.8733662987078463).abs() < 1e-12, "{}", x.double_value(&[0]));
     }
 }

@@ -1,5 +1,6 @@
 //! What a synthesis run hands over: plain host memory, no tensor of any device.
 
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use crate::model::source::Geometry;
@@ -23,6 +24,8 @@ pub struct DreamBatch {
     pub num_classes: usize,
     /// The synthesizer's name.
     pub synthesizer: &'static str,
+    /// Its settings, JSON.
+    pub settings: Arc<str>,
     /// When the batch was finished.
     pub created_at: SystemTime,
 }

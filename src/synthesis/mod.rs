@@ -3,6 +3,7 @@
 //! [`Synthesizer::run`] makes one batch. Everything that happens between two optimizer steps (a newer student, being
 //! told to stop, reporting) goes through [`Surroundings`], so this module knows nothing of threads, queues or the wire.
 
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use rand::SeedableRng;
@@ -13,13 +14,17 @@ use crate::model::network::FrozenNetwork;
 use crate::model::pixels::Pixels;
 use crate::model::source::{Geometry, NetworkSource};
 
+pub mod adam;
 pub mod adi;
 pub mod batch;
+pub mod fast;
+mod memory;
 pub mod objective;
 pub mod settings;
 pub mod targets;
 
 use batch::DreamBatch;
+use fast::FastGenerator;
 use objective::LossReport;
 use settings::{Settings, SynthesizerKind};
 use targets::TargetSequence;
@@ -36,12 +41,13 @@ pub struct Teacher {
 }
 
 impl Teacher {
-    /// Puts a teacher on a device.
+    /// Puts a teacher on a device; its maps are of this kind.
     pub fn load(source: &NetworkSource, device: Device, kind: Kind) -> Self {
+        let network = FrozenNetwork::load(&source.spec, &source.checkpoint, device, kind);
         Self {
-            network: FrozenNetwork::load(&source.spec, &source.checkpoint, device, kind),
             geometry: source.geometry,
-            pixels: Pixels::new(&source.normalization, device, kind),
+            pixels: Pixels::new(&source.normalization, device, network.kind()),
+            network,
         }
     }
 
@@ -83,6 +89,23 @@ pub struct StepReport {
     pub losses: Option<LossReport>,
 }
 
+/// Images that were made before.
+#[derive(Clone, Debug, Default)]
+pub struct Recalled {
+    /// Pixels 0..255, `[N, C, H, W]`.
+    pub images: Vec<u8>,
+    /// The class each was made for, `[N]`.
+    pub labels: Vec<i64>,
+}
+
+/// Images after their last step.
+struct Optimized {
+    /// Normalized, `[N, C, H, W]`.
+    images: Tensor,
+    /// The newest student the images were optimized against; 0 = none.
+    student_version: u64,
+}
+
 /// What a run needs of the world between two optimizer steps.
 pub trait Surroundings {
     /// Whether to make the next step.
@@ -92,6 +115,12 @@ pub trait Surroundings {
 
     /// The newest student and its version, adopted now; called once before each step.
     fn student(&mut self) -> Option<(&FrozenNetwork, u64)> {
+        None
+    }
+
+    /// So many images of earlier batches, to be optimized further; None where there are none.
+    fn recall(&mut self, count: usize) -> Option<Recalled> {
+        let _ = count;
         None
     }
 
@@ -115,12 +144,16 @@ pub enum SynthesisError {
     Stopped,
 }
 
-/// Makes batches with one group of settings; owns the random state, so that a seed decides what it makes.
+/// Makes batches; owns the random state, so that a seed decides what it makes.
 #[derive(Debug)]
 pub struct Synthesizer {
     settings: Settings,
+    /// The same as JSON.
+    json: Arc<str>,
     targets: TargetSequence,
     rng: ChaCha8Rng,
+    /// From the first batch that needs it.
+    generator: Option<FastGenerator>,
 }
 
 impl Synthesizer {
@@ -130,7 +163,9 @@ impl Synthesizer {
         Self {
             targets: TargetSequence::new(&settings.targets, num_classes),
             rng: ChaCha8Rng::seed_from_u64(seed),
+            json: settings.json(),
             settings,
+            generator: None,
         }
     }
 
@@ -139,30 +174,73 @@ impl Synthesizer {
         &self.settings
     }
 
+    /// The next batch is made by another synthesizer; everything else stays, the generator too.
+    pub fn switch(&mut self, kind: SynthesizerKind) {
+        self.settings.synthesizer = kind;
+        self.json = self.settings.json();
+    }
+
+    /// The generator of the fast tier, where there is one.
+    pub fn generator(&self) -> Option<&FastGenerator> {
+        self.generator.as_ref()
+    }
+
+    /// Goes on with this generator.
+    pub fn adopt_generator(&mut self, generator: FastGenerator) {
+        self.generator = Some(generator);
+    }
+
     /// Makes one batch of `batch_size` images.
     pub fn run(
         &mut self,
         teacher: &Teacher,
         surroundings: &mut dyn Surroundings,
     ) -> Result<DreamBatch, SynthesisError> {
-        let count = self.settings.batch_size;
-        let noise = initial_images(teacher, count);
-        let (images, labels, student_version) = match self.settings.synthesizer {
-            SynthesizerKind::Noise => {
-                if surroundings.flow() == Flow::Stop {
-                    return Err(SynthesisError::Stopped);
-                }
-                (noise, None, 0)
+        let kind = self.settings.synthesizer;
+        if kind == SynthesizerKind::Noise {
+            if surroundings.flow() == Flow::Stop {
+                return Err(SynthesisError::Stopped);
             }
-            SynthesizerKind::Adi => {
-                let labels = self.targets.next_batch(count, &mut self.rng);
-                let targets = Tensor::from_slice(&labels).to_device(teacher.device());
-                let done = adi::optimize(teacher, &self.settings, noise, &targets, &mut self.rng, surroundings)?;
-                (done.images, Some(labels), done.student_version)
-            }
+            let noise = Optimized { images: initial_images(teacher, self.settings.batch_size), student_version: 0 };
+            return Ok(finish(teacher, &noise, None, (kind, &self.json), surroundings));
+        }
+        let recalled = match kind {
+            SynthesizerKind::WarmAdi => surroundings.recall(self.settings.batch_size),
+            _ => None,
         };
-        Ok(finish(teacher, &images, labels, student_version, self.settings.synthesizer, surroundings))
+        let recalled = recalled.map(|recalled| (tensor(teacher, &recalled), recalled.labels));
+        let (start, labels) = match recalled {
+            Some((images, labels)) => (Some(images), labels),
+            None => (None, self.targets.next_batch(self.settings.batch_size, &mut self.rng)),
+        };
+        let targets = Tensor::from_slice(&labels).to_device(teacher.device());
+        let (settings, rng) = (&self.settings, &mut self.rng);
+        let generated = match kind {
+            SynthesizerKind::Fast | SynthesizerKind::Hybrid => {
+                let generator = self.generator.get_or_insert_with(|| FastGenerator::fresh(teacher, settings));
+                Some(generator.make(teacher, settings, &targets, rng, surroundings)?)
+            }
+            _ => None,
+        };
+        let (images, iterations) = match (kind, generated, start) {
+            (SynthesizerKind::Fast, Some(done), _) => {
+                return Ok(finish(teacher, &done, Some(labels), (kind, &self.json), surroundings));
+            }
+            (_, Some(generated), _) => (generated.images, settings.hybrid_iterations),
+            (_, None, Some(recalled)) => (recalled, settings.warm_iterations),
+            (_, None, None) => (initial_images(teacher, labels.len()), settings.iterations),
+        };
+        let settings = Settings { iterations, ..settings.clone() };
+        let done = adi::optimize(teacher, &settings, images, &targets, rng, surroundings)?;
+        Ok(finish(teacher, &done, Some(labels), (kind, &self.json), surroundings))
     }
+}
+
+/// Images of the log as a network sees them.
+fn tensor(teacher: &Teacher, recalled: &Recalled) -> Tensor {
+    let g = teacher.geometry;
+    let size = [recalled.labels.len(), g.channels, g.height, g.width].map(|d| d as i64);
+    teacher.pixels.normalize(&Tensor::from_slice(&recalled.images).view(size))
 }
 
 /// Where optimization starts: standard normal noise in normalized space, `[N, C, H, W]`.
@@ -176,14 +254,13 @@ pub fn initial_images(teacher: &Teacher, count: usize) -> Tensor {
 /// Quantizes images and asks both networks what they see in exactly these pixels. Without labels the teacher gives them.
 fn finish(
     teacher: &Teacher,
-    images: &Tensor,
+    done: &Optimized,
     labels: Option<Vec<i64>>,
-    student_version: u64,
-    kind: SynthesizerKind,
+    (kind, json): (SynthesizerKind, &Arc<str>),
     surroundings: &mut dyn Surroundings,
 ) -> DreamBatch {
     let _guard = tch::no_grad_guard();
-    let pixels = teacher.pixels.quantize(images);
+    let pixels = teacher.pixels.quantize(&done.images);
     let count = pixels.size()[0] as usize;
     let normalized = teacher.pixels.normalize(&pixels);
     let logits = teacher.network.logits(&normalized);
@@ -207,11 +284,12 @@ fn finish(
         images: bytes,
         labels,
         teacher_logits: host_f32(&logits),
-        student_version: vec![student_version as i64; count],
+        student_version: vec![done.student_version as i64; count],
         competition,
         geometry: teacher.geometry,
         num_classes: teacher.num_classes(),
         synthesizer: kind.name(),
+        settings: json.clone(),
         created_at: SystemTime::now(),
     }
 }

@@ -83,6 +83,9 @@ fn first_classes(student_logits: &Tensor, teacher_logits: &Tensor) -> Tensor {
 /// [`CompeteForm::Reference`] is what the published code computes instead: probabilities (but not before their mean is
 /// taken) clamped to [0.01, 0.99], KL terms reversed, and the sum clamped to [0, 1]. It has no gradient once teacher and
 /// student disagree enough, nor for classes below one per cent.
+///
+/// [`CompeteForm::Agreement`] is the adversarial term of Fang et al. 2022: minus KL(teacher, student), of those images only
+/// in which both see the same class.
 pub fn r_compete(teacher_logits: &Tensor, student_logits: &Tensor, temperature: f64, form: CompeteForm) -> Tensor {
     match form {
         CompeteForm::Js => js_divergence(teacher_logits, student_logits, temperature).mean(None).neg() + 1.0,
@@ -95,6 +98,14 @@ pub fn r_compete(teacher_logits: &Tensor, student_logits: &Tensor, temperature: 
             let kl = |a: &Tensor| (&m * (m.log() - a.log())).sum(None) / teacher_logits.size()[0] as f64;
             let js = (kl(&p) + kl(&q)) * 0.5;
             js.clamp(0.0, 1.0).neg() + 1.0
+        }
+        CompeteForm::Agreement => {
+            let student_logits = first_classes(student_logits, teacher_logits);
+            let agree = teacher_logits.argmax(1, false).eq_tensor(&student_logits.argmax(1, false));
+            let log_q = (teacher_logits / temperature).log_softmax(1, None);
+            let log_p = (student_logits / temperature).log_softmax(1, None);
+            let kl = (log_q.exp() * (&log_q - log_p)).sum_dim_intlist([1i64].as_slice(), false, None);
+            (kl * agree).mean(None).neg()
         }
     }
 }

@@ -7,27 +7,49 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+
+mod fast;
+
+pub use fast::{FastOptions, FastSettings, Meta};
 
 /// The batch size at which the published weights were chosen.
 pub const REFERENCE_BATCH: f64 = 256.0;
 
 /// What makes the images.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum SynthesizerKind {
     /// Pixels optimized by DeepInversion; adaptive as soon as there is a student.
     Adi,
+    /// The same from images of the log instead of noise.
+    WarmAdi,
+    /// A meta-learned generator.
+    Fast,
+    /// A few steps of DeepInversion on the generator's images.
+    Hybrid,
     /// Random images labelled by the teacher.
     Noise,
 }
 
 impl SynthesizerKind {
+    /// Every kind, in the order of the codes in a batch's `synthesizer` tensor.
+    pub const ALL: [Self; 5] = [Self::Adi, Self::WarmAdi, Self::Fast, Self::Hybrid, Self::Noise];
+
+    /// The kind of this name.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.name() == name)
+    }
+
     /// The name in chunks, metrics and Describe.
     pub fn name(self) -> &'static str {
         match self {
             Self::Adi => "adi",
+            Self::WarmAdi => "warm-adi",
+            Self::Fast => "fast",
+            Self::Hybrid => "hybrid",
             Self::Noise => "noise",
         }
     }
@@ -53,6 +75,9 @@ pub enum CompeteForm {
     Js,
     /// As the published code computes it: reversed KL terms, probabilities clamped to [0.01, 0.99].
     Reference,
+    /// Minus KL(teacher, student) of the images in which both see the same class; the others have no gradient
+    /// (Fang et al. 2022).
+    Agreement,
 }
 
 /// Which classes the images of a batch are made for.
@@ -128,6 +153,10 @@ pub struct Settings {
     pub batch_size: usize,
     /// Optimizer steps a run.
     pub iterations: u32,
+    /// Optimizer steps of a run that starts from images of the log.
+    pub warm_iterations: u32,
+    /// Optimizer steps on the pixels of the generator's images.
+    pub hybrid_iterations: u32,
     /// Adam's learning rate, in units of normalized pixels.
     pub learning_rate: f64,
     /// Adam's decay of the first and second moment.
@@ -160,6 +189,8 @@ pub struct Settings {
     pub clip: bool,
     /// Which classes to make.
     pub targets: Targets,
+    /// The generator.
+    pub fast: FastSettings,
 }
 
 /// The names of the presets.
@@ -174,6 +205,8 @@ impl Settings {
             preset: name.to_owned(),
             batch_size: 256,
             iterations: 2000,
+            warm_iterations: 300,
+            hybrid_iterations: 20,
             learning_rate: 0.05,
             betas: [0.9, 0.999],
             schedule: Schedule::Constant,
@@ -190,6 +223,7 @@ impl Settings {
             flip: false,
             clip: false,
             targets: Targets::Balanced,
+            fast: FastSettings::PUBLISHED,
         };
         // Better by measurement (BENCHMARKS.md): the rate ends at zero, pixels stay valid, and R_feature leaves
         // cross-entropy room; at the published weight of 10 fewer images are what was asked for.
@@ -226,6 +260,12 @@ impl Settings {
         }
     }
 
+    /// These settings as JSON.
+    pub fn json(&self) -> Arc<str> {
+        // Numbers, names and text: nothing in it can fail to be written.
+        serde_json::to_string(self).unwrap_or_default().into()
+    }
+
     /// Every way in which the settings cannot work with a teacher of `num_classes` outputs.
     pub fn problems(&self, num_classes: usize) -> Vec<String> {
         let mut problems = Vec::new();
@@ -236,8 +276,13 @@ impl Settings {
         };
         let batch = self.batch_size;
         check((1..=65_536).contains(&batch), format!("batch_size is {batch}; give 1 to 65536"));
-        let iterations = self.iterations;
-        check((1..=1_000_000).contains(&iterations), format!("iterations is {iterations}; give 1 to 1000000"));
+        for (name, iterations) in [
+            ("iterations", self.iterations),
+            ("warm_iterations", self.warm_iterations),
+            ("hybrid_iterations", self.hybrid_iterations),
+        ] {
+            check((1..=1_000_000).contains(&iterations), format!("{name} is {iterations}; give 1 to 1000000"));
+        }
         let positive = |v: f64| v.is_finite() && v > 0.0;
         let lr = self.learning_rate;
         check(positive(lr), format!("learning_rate is {lr}; give a positive number"));
@@ -272,6 +317,7 @@ impl Settings {
                 ),
             );
         }
+        problems.extend(self.fast.problems());
         problems
     }
 }
@@ -280,7 +326,8 @@ impl Settings {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, clap::Args)]
 #[serde(default, deny_unknown_fields)]
 pub struct SynthesisOptions {
-    /// What makes the images: adi (DeepInversion, adaptive with a student) or noise.
+    /// What makes the images: adi (DeepInversion, adaptive with a student), warm-adi (the same from images of the log),
+    /// fast (a generator), hybrid (adi from the generator's images) or noise.
     #[arg(long, value_enum)]
     pub synthesizer: Option<SynthesizerKind>,
     /// The preset: cifar10 (default), cifar10-live, cifar10-paper, digits.
@@ -292,6 +339,12 @@ pub struct SynthesisOptions {
     /// Optimizer steps in one synthesis run.
     #[arg(long)]
     pub iterations: Option<u32>,
+    /// The same for warm-adi.
+    #[arg(long)]
+    pub warm_iterations: Option<u32>,
+    /// The same for hybrid.
+    #[arg(long)]
+    pub hybrid_iterations: Option<u32>,
     /// Adam's learning rate.
     #[arg(long)]
     pub learning_rate: Option<f64>,
@@ -337,6 +390,9 @@ pub struct SynthesisOptions {
     /// balanced, a list of classes (3,5,5), or a mix (3:0.2,5:0.8).
     #[arg(long)]
     pub targets: Option<Targets>,
+    /// The generator.
+    #[command(flatten)]
+    pub fast: FastOptions,
 }
 
 impl SynthesisOptions {
@@ -347,6 +403,8 @@ impl SynthesisOptions {
             preset: over.preset.or(self.preset),
             batch_size: over.batch_size.or(self.batch_size),
             iterations: over.iterations.or(self.iterations),
+            warm_iterations: over.warm_iterations.or(self.warm_iterations),
+            hybrid_iterations: over.hybrid_iterations.or(self.hybrid_iterations),
             learning_rate: over.learning_rate.or(self.learning_rate),
             schedule: over.schedule.or(self.schedule),
             cross_entropy_weight: over.cross_entropy_weight.or(self.cross_entropy_weight),
@@ -362,6 +420,7 @@ impl SynthesisOptions {
             flip: over.flip.or(self.flip),
             clip: over.clip.or(self.clip),
             targets: over.targets.or(self.targets),
+            fast: self.fast.overridden_by(over.fast),
         }
     }
 
@@ -381,6 +440,8 @@ impl SynthesisOptions {
             preset: p.preset,
             batch_size: self.batch_size.unwrap_or(p.batch_size),
             iterations: self.iterations.unwrap_or(p.iterations),
+            warm_iterations: self.warm_iterations.unwrap_or(p.warm_iterations),
+            hybrid_iterations: self.hybrid_iterations.unwrap_or(p.hybrid_iterations),
             learning_rate: self.learning_rate.unwrap_or(p.learning_rate),
             betas: p.betas,
             schedule: self.schedule.unwrap_or(p.schedule),
@@ -397,6 +458,7 @@ impl SynthesisOptions {
             flip: self.flip.unwrap_or(p.flip),
             clip: self.clip.unwrap_or(p.clip),
             targets: self.targets.clone().unwrap_or(p.targets),
+            fast: self.fast.apply(p.fast),
         };
         let problems: Vec<String> = known.err().into_iter().chain(settings.problems(num_classes)).collect();
         if problems.is_empty() { Ok(settings) } else { Err(problems) }

@@ -14,7 +14,7 @@ use crate::client::{Backoff, Batch, Client, ClientError, Start, retry};
 use crate::proto;
 
 /// Batches that may wait for the training loop.
-const WAITING_BATCHES: usize = 4;
+const WAITING_BATCHES: usize = 1;
 
 /// What the feed has seen so far.
 #[derive(Debug, Default)]

@@ -13,7 +13,7 @@ use crate::log::inspect;
 use crate::proto::dreamfeed_service_server::{DreamfeedService, DreamfeedServiceServer};
 use crate::proto::{
     DescribeRequest, DescribeResponse, FetchStudentRequest, FetchStudentResponse, PushStudentRequest,
-    PushStudentResponse, StreamRequest, StreamResponse,
+    PushStudentResponse, SetSynthesizerRequest, SetSynthesizerResponse, StreamRequest, StreamResponse,
 };
 use crate::storage::Storage;
 
@@ -82,6 +82,13 @@ impl DreamfeedService for Bare {
         &self,
         _: Request<FetchStudentRequest>,
     ) -> Result<Response<Self::FetchStudentStream>, Status> {
+        not_here()
+    }
+
+    async fn set_synthesizer(
+        &self,
+        _: Request<SetSynthesizerRequest>,
+    ) -> Result<Response<SetSynthesizerResponse>, Status> {
         not_here()
     }
 }

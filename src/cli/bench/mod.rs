@@ -2,6 +2,7 @@
 
 mod bare;
 mod load;
+mod plain;
 mod rpc;
 mod synth;
 

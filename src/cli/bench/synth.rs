@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use tch::{Kind, Tensor};
 
-use crate::device::DeviceArgs;
+use super::plain::{PlainNetwork, PlainStep};
+use crate::device::{DeviceArgs, Precision};
 use crate::model::network::FrozenNetwork;
 use crate::model::source::{NetworkSource, SourceOptions};
 use crate::synthesis::settings::SynthesisOptions;
@@ -32,12 +33,21 @@ pub(super) struct Args {
     /// Steps before the first that is measured.
     #[arg(long, default_value_t = 3)]
     warmup: u16,
+    /// The element type of the networks' maps.
+    #[arg(long, value_enum, default_value = "f32")]
+    precision: Precision,
+    /// Leave out the plain autograd step, which is slow.
+    #[arg(long)]
+    no_plain: bool,
     #[command(flatten)]
     device: DeviceArgs,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
 }
+
+/// The side of the square matrices whose product measures the peak.
+const MATRIX: i64 = 2048;
 
 struct Timing {
     student: FrozenNetwork,
@@ -57,9 +67,7 @@ impl Surroundings for Timing {
     }
 
     fn step_done(&mut self, _: StepReport) {
-        if let tch::Device::Cuda(index) = self.student.device() {
-            tch::Cuda::synchronize(index as i64);
-        }
+        synchronize(self.student.device());
         self.steps.push(self.last.elapsed());
         self.last = Instant::now();
     }
@@ -76,35 +84,45 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
     };
     let settings =
         options.resolve(source.spec.num_classes).map_err(|problems| anyhow::anyhow!("{}", problems.join("; ")))?;
-    let teacher = Teacher::load(&source, device, Kind::Float);
-    let student = match &args.student {
+    let kind = args.precision.kind();
+    let teacher = Teacher::load(&source, device, kind);
+    let student_source = match &args.student {
         Some(path) => NetworkSource::open(path, &args.source)?,
-        None => source,
+        None => source.clone(),
     };
-    let student = FrozenNetwork::load(&student.spec, &student.checkpoint, device, Kind::Float);
+    let student = FrozenNetwork::load(&student_source.spec, &student_source.checkpoint, device, kind);
 
-    // The same work without any loss: one forward and one backward pass of each network.
     let competes = settings.compete_weight > 0.0;
     let x = crate::synthesis::initial_images(&teacher, args.batch);
-    let gradient = Tensor::ones([args.batch as i64, teacher.num_classes() as i64], (Kind::Float, device));
-    let bare = median(
-        (0..u32::from(args.steps) + u32::from(args.warmup)).map(|_| {
-            let began = Instant::now();
-            for network in std::iter::once(&teacher.network).chain(competes.then_some(&student)) {
-                let recorded = network.forward(&x, false);
-                let logits =
-                    gradient.narrow(1, 0, 1).expand([args.batch as i64, network.spec().num_classes as i64], false);
-                let _ = network.backward(recorded, &logits, &[]);
-            }
-            if let tch::Device::Cuda(index) = device {
-                tch::Cuda::synchronize(index as i64);
-            }
-            began.elapsed().as_secs_f64()
-        }),
-        args.warmup,
-    );
+    let runs = || 0..u32::from(args.steps) + u32::from(args.warmup);
+    let timed = |work: &mut dyn FnMut()| {
+        let began = Instant::now();
+        work();
+        synchronize(device);
+        began.elapsed().as_secs_f64()
+    };
 
-    let mut synthesizer = Synthesizer::new(settings, teacher.num_classes(), 0);
+    // The same work without any loss: one forward and one backward pass of each network.
+    let gradient = Tensor::ones([args.batch as i64, 1], (Kind::Float, device));
+    let mut both = || {
+        for network in std::iter::once(&teacher.network).chain(competes.then_some(&student)) {
+            let recorded = network.forward(&x, false);
+            let logits = gradient.expand([args.batch as i64, network.spec().num_classes as i64], false);
+            let _ = network.backward(recorded, &logits, &[]);
+        }
+    };
+    let bare = median(runs().map(|_| timed(&mut both)), args.warmup);
+
+    // What these processors can do at best, on the largest product that they may meet.
+    let square = Tensor::randn([MATRIX, MATRIX], (Kind::Float, device)).to_kind(kind);
+    let mut multiply = || _ = square.matmul(&square);
+    let peak = 2.0 * (MATRIX as f64).powi(3) / median((0..5).map(|_| timed(&mut multiply)), 2);
+    let (height, width) = (source.geometry.height, source.geometry.width);
+    let students = if competes { student_source.spec.multiply_adds(height, width) } else { 0 };
+    // Forward and backward to the input: each multiply-add twice, and two operations each.
+    let operations = 4.0 * (source.spec.multiply_adds(height, width) + students) as f64 * args.batch as f64;
+
+    let mut synthesizer = Synthesizer::new(settings.clone(), teacher.num_classes(), 0);
     let wanted = usize::from(args.steps) + usize::from(args.warmup);
     let mut timing = Timing { student, last: Instant::now(), steps: Vec::new(), wanted };
     match synthesizer.run(&teacher, &mut timing) {
@@ -112,17 +130,52 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
         Err(error) => return Err(error.into()),
     }
     let step = median(timing.steps.iter().map(Duration::as_secs_f64), args.warmup);
+    // Before the plain step, which needs more.
+    let peak_memory = peak_memory_bytes(device);
+
+    let plain = (!args.no_plain).then(|| {
+        let load = |source: &NetworkSource| PlainNetwork::load(&source.spec, &source.checkpoint, device, Kind::Float);
+        let mut plain = PlainStep::new(load(&source), competes.then(|| load(&student_source)), settings, &x);
+        median(runs().map(|_| timed(&mut || plain.step())), args.warmup)
+    });
+    let (images, fraction) = (args.batch as f64 / step, operations / step / peak);
     if args.json {
         let report = serde_json::json!({
-            "step_seconds": step, "bare_seconds": bare, "batch": args.batch, "steps": args.steps, "competes": competes,
+            "step_seconds": step, "bare_seconds": bare, "pytorch_seconds": plain, "batch": args.batch,
+            "steps": args.steps, "competes": competes, "precision": args.precision, "images_per_second": images,
+            "ratio_to_bare": step / bare, "ratio_to_pytorch": plain.map(|plain| step / plain),
+            "matmul_peak_flops": peak, "fraction_of_peak": fraction, "peak_memory_bytes": peak_memory,
         });
         say!("{report}");
-    } else {
-        say!("one step                                   {:.4} s (median of {})", step, args.steps);
-        say!("bare forward and backward of the networks  {bare:.4} s (ratio {:.2})", step / bare);
-        say!("images a second and step                   {:.0}", args.batch as f64 / step);
+        return Ok(());
+    }
+    say!("one step                                    {step:.4} s (median of {})", args.steps);
+    say!("bare forward and backward of the networks   {bare:.4} s (a step is {:.2} of it)", step / bare);
+    if let Some(plain) = plain {
+        say!("plain PyTorch step (autograd, f32)          {plain:.4} s (a step is {:.2} of it)", step / plain);
+    }
+    say!("images a second and step                    {images:.0}");
+    say!("matrix-multiply peak                        {:.1} GFLOP/s (a step uses {:.2} of it)", peak / 1e9, fraction);
+    if let Some(bytes) = peak_memory {
+        say!("peak memory of the process                  {:.0} MB", bytes as f64 / 1e6);
     }
     Ok(())
+}
+
+fn synchronize(device: tch::Device) {
+    if let tch::Device::Cuda(index) = device {
+        tch::Cuda::synchronize(index as i64);
+    }
+}
+
+/// The most memory that this process held so far; unknown where tensors live in a GPU's memory.
+fn peak_memory_bytes(device: tch::Device) -> Option<u64> {
+    if device != tch::Device::Cpu {
+        return None;
+    }
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok().map(|kilobytes| kilobytes << 10)
 }
 
 /// The median, without the first `skip`.

@@ -1,0 +1,113 @@
+//! One synthesis step as an engineer would write it in PyTorch from the paper: a module, a look at every batch norm's
+//! input, autograd through everything. The yardstick for our own step; the same libtorch, the same loss terms.
+
+use std::collections::HashMap;
+
+use tch::{Device, Kind, Tensor};
+
+use crate::model::checkpoint::Checkpoint;
+use crate::model::network::{BN_EPSILON, BatchStatistics, pad_shortcut, to_device};
+use crate::model::spec::{NetworkSpec, Shortcut};
+use crate::synthesis::adam::Adam;
+use crate::synthesis::objective::{batch_scale, cross_entropy, r_compete, r_feature, tv_l2};
+use crate::synthesis::settings::Settings;
+
+/// A network in evaluation mode whose parameters ask for gradients that nobody uses, as PyTorch's do.
+pub(super) struct PlainNetwork {
+    spec: NetworkSpec,
+    tensors: HashMap<String, Tensor>,
+}
+
+impl PlainNetwork {
+    pub fn load(spec: &NetworkSpec, checkpoint: &Checkpoint, device: Device, kind: Kind) -> Self {
+        let tensors = spec.tensors().into_iter().filter_map(|expected| {
+            let raw = checkpoint.get(&expected.name)?;
+            let tensor = to_device(&raw, kind, device)?;
+            Some((expected.name, tensor.set_requires_grad(expected.trainable)))
+        });
+        Self { spec: spec.clone(), tensors: tensors.collect() }
+    }
+
+    /// Logits, and the statistics of every batch norm's input.
+    fn forward(&self, x: &Tensor) -> (Tensor, Vec<BatchStatistics>) {
+        let mut statistics = Vec::new();
+        let mut unit = |x: &Tensor, conv: &str, bn: &str, stride: usize, padding: i64| {
+            let norm = |part: &str| &self.tensors[&format!("{bn}.{part}")];
+            let weight = &self.tensors[&format!("{conv}.weight")];
+            let y = x.conv2d(weight, None::<&Tensor>, [stride as i64; 2], [padding; 2], [1, 1], 1);
+            statistics.push(BatchStatistics {
+                mean: y.mean_dim([0i64, 2, 3].as_slice(), false, None),
+                var: y.permute([1, 0, 2, 3]).reshape([y.size()[1], -1]).var_dim([1i64].as_slice(), false, false),
+                running_mean: norm("running_mean").shallow_clone(),
+                running_var: norm("running_var").shallow_clone(),
+            });
+            let (weight, bias, mean, var) = (norm("weight"), norm("bias"), norm("running_mean"), norm("running_var"));
+            y.batch_norm(Some(weight), Some(bias), Some(mean), Some(var), false, 0.1, BN_EPSILON, true)
+        };
+        let mut h = unit(x, "conv1", "bn1", 1, 1).relu();
+        for block in &self.spec.blocks {
+            let p = &block.prefix;
+            let inner = unit(&h, &format!("{p}.conv1"), &format!("{p}.bn1"), block.stride, 1).relu();
+            let out = unit(&inner, &format!("{p}.conv2"), &format!("{p}.bn2"), 1, 1);
+            let shortcut = if block.shortcut == Shortcut::Projection {
+                let s = format!("{p}.{}", self.spec.naming.shortcut);
+                unit(&h, &format!("{s}.0"), &format!("{s}.1"), block.stride, 0)
+            } else {
+                pad_shortcut(&h, block)
+            };
+            h = (out + shortcut).relu();
+        }
+        let head = self.spec.naming.head;
+        let features = h.mean_dim([2i64, 3].as_slice(), false, None);
+        let (weight, bias) = (&self.tensors[&format!("{head}.weight")], &self.tensors[&format!("{head}.bias")]);
+        (features.linear(weight, Some(bias)), statistics)
+    }
+
+    fn zero_grad(&mut self) {
+        for tensor in self.tensors.values_mut().filter(|tensor| tensor.requires_grad()) {
+            tensor.zero_grad();
+        }
+    }
+}
+
+/// Teacher, student where there is competition, pixels and their Adam.
+pub(super) struct PlainStep {
+    pub teacher: PlainNetwork,
+    pub student: Option<PlainNetwork>,
+    pub settings: Settings,
+    images: Tensor,
+    targets: Tensor,
+    adam: Adam,
+}
+
+impl PlainStep {
+    pub fn new(teacher: PlainNetwork, student: Option<PlainNetwork>, settings: Settings, images: &Tensor) -> Self {
+        let images = images.contiguous().detach().set_requires_grad(true);
+        let classes = teacher.spec.num_classes as i64;
+        let targets = Tensor::arange(images.size()[0], (Kind::Int64, images.device())).remainder(classes);
+        let adam = Adam::new(&images, settings.betas);
+        Self { teacher, student, settings, images, targets, adam }
+    }
+
+    /// One step with jitter, every term, backward, Adam.
+    pub fn step(&mut self) {
+        self.teacher.zero_grad();
+        self.images.zero_grad();
+        let s = &self.settings;
+        let x = self.images.roll([1, -1], [2, 3]);
+        let (logits, statistics) = self.teacher.forward(&x);
+        let mut loss = cross_entropy(&logits, &self.targets) * s.cross_entropy_weight
+            + tv_l2(&x) * (s.tv_l2_weight * batch_scale(x.size()[0] as usize));
+        if let Some(distance) = r_feature(&statistics, s.first_bn_multiplier) {
+            loss += distance * s.r_feature_weight;
+        }
+        if let Some(student) = &mut self.student {
+            student.zero_grad();
+            let seen = student.forward(&x).0;
+            loss += r_compete(&logits, &seen, s.compete_temperature, s.compete_form) * s.compete_weight;
+        }
+        loss.backward();
+        let (gradient, rate) = (self.images.grad(), s.learning_rate);
+        tch::no_grad(|| self.adam.step(&mut self.images, &gradient, rate));
+    }
+}

@@ -1,0 +1,102 @@
+//! The fast tier's generator in the daemon's storage, so that a restarted daemon goes on with it rather than warming up
+//! again. One immutable object a save, `generators/NUMBER.safetensors`; the newest that is whole counts.
+
+use bytes::Bytes;
+use metrics::counter;
+use tokio::sync::watch;
+
+use crate::model::checkpoint::Checkpoint;
+use crate::storage::{Created, Storage, StorageError, blocking};
+use crate::telemetry;
+
+const FOLDER: &str = "generators/";
+const EXTENSION: &str = ".safetensors";
+/// So many stay: the newest, and one more should it be damaged.
+const KEPT: u64 = 2;
+
+fn name(number: u64) -> String {
+    format!("{FOLDER}{number:020}{EXTENSION}")
+}
+
+fn number(name: &str) -> Option<u64> {
+    name.strip_prefix(FOLDER)?.strip_suffix(EXTENSION)?.parse().ok()
+}
+
+async fn numbers(storage: &Storage) -> Result<Vec<u64>, StorageError> {
+    Ok(storage.list(FOLDER, None).await?.iter().filter_map(|found| number(&found.name)).collect())
+}
+
+/// The newest generator that is whole.
+pub async fn newest(storage: &Storage) -> Result<Option<Bytes>, StorageError> {
+    for number in numbers(storage).await?.into_iter().rev() {
+        let name = name(number);
+        let Some(file) = storage.get(&name).await? else { continue };
+        let parsed = file.clone();
+        match blocking(move || Checkpoint::parse(parsed).and_then(|file| file.check_finite())).await {
+            Ok(Ok(())) => return Ok(Some(file)),
+            Ok(Err(error)) => tracing::error!(%name, %error, "a stored generator is damaged, and is not used"),
+            Err(error) => tracing::error!(%name, %error, "a stored generator could not be checked"),
+        }
+    }
+    Ok(None)
+}
+
+/// Stores what comes, newest first, until no more can come. Losing one costs a few batches of learning and no image, so
+/// errors are counted and told, and the next save is the next attempt.
+pub async fn keep(storage: Storage, mut saved: watch::Receiver<Option<Bytes>>) {
+    while saved.changed().await.is_ok() {
+        let Some(file) = saved.borrow_and_update().clone() else { continue };
+        if let Err(error) = store(&storage, file).await {
+            counter!(telemetry::STORAGE_ERRORS, "operation" => "generator").increment(1);
+            tracing::warn!(%error, "the generator could not be stored");
+        }
+    }
+}
+
+async fn store(storage: &Storage, file: Bytes) -> Result<(), StorageError> {
+    let mut known = numbers(storage).await?;
+    let mut next = known.last().map_or(1, |newest| newest + 1);
+    // Another replica may take the number.
+    while storage.create(&name(next), file.clone()).await? == Created::Taken {
+        next += 1;
+    }
+    known.retain(|number| number + KEPT <= next);
+    for number in known {
+        storage.delete(&name(number)).await?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::model::checkpoint::encode;
+
+    fn file(text: &str) -> Bytes {
+        encode(&[], &BTreeMap::from([("text".to_owned(), text.to_owned())])).into()
+    }
+
+    #[tokio::test]
+    async fn the_newest_whole_one_is_found_and_old_ones_go() {
+        let storage = Storage::open("memory:").unwrap();
+        assert_eq!(newest(&storage).await.unwrap(), None);
+        let (sender, receiver) = watch::channel(None);
+        let keeping = tokio::spawn(keep(storage.clone(), receiver));
+        for text in ["a", "b", "c"] {
+            sender.send_replace(Some(file(text)));
+            while newest(&storage).await.unwrap() != Some(file(text)) {
+                tokio::task::yield_now().await;
+            }
+        }
+        sender.send_replace(Some(file("last")));
+        drop(sender);
+        keeping.await.unwrap();
+        assert_eq!(newest(&storage).await.unwrap(), Some(file("last")));
+        assert_eq!(numbers(&storage).await.unwrap(), [3, 4]);
+        storage.create(&name(9), Bytes::from_static(b"torn")).await.unwrap();
+        assert_eq!(newest(&storage).await.unwrap(), Some(file("last")));
+    }
+}

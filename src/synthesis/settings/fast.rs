@@ -1,0 +1,200 @@
+//! Settings of the generator of the fast tier (Fang et al., AAAI 2022).
+
+use serde::{Deserialize, Serialize};
+
+use super::CompeteForm;
+
+/// How the generator learns from the copies that make the batches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Meta {
+    /// First-order MAML: along the sum of the copy's gradients, at the learning rate times the number of steps.
+    Fomaml,
+    /// Reptile: towards the copy's parameters, at the learning rate.
+    Reptile,
+}
+
+/// Every setting of the generator.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct FastSettings {
+    /// Optimizer steps a batch, K.
+    pub steps: u32,
+    /// Adam's learning rate for the generator.
+    pub learning_rate: f64,
+    /// Adam's learning rate for the latent vectors.
+    pub latent_learning_rate: f64,
+    /// How the generator learns.
+    pub meta: Meta,
+    /// The length of a latent vector.
+    pub latent: usize,
+    /// Channels of the last hidden map.
+    pub width: usize,
+    /// Whether the generator is told the class.
+    pub conditional: bool,
+    /// Whether each target goes to an image in which the teacher already sees it, as far as there are enough.
+    pub assign: bool,
+    /// Weight of the cross-entropy of the teacher's logits with the targets.
+    pub cross_entropy_weight: f64,
+    /// Weight of R_feature.
+    pub r_feature_weight: f64,
+    /// The part of earlier batches in the statistics that R_feature compares.
+    pub statistics_momentum: f64,
+    /// Weight of R_compete. Without a student the term is absent.
+    pub compete_weight: f64,
+    /// Which form R_compete takes; at temperature 1.
+    pub compete_form: CompeteForm,
+    /// The generator's first layer starts anew after every so many batches; 0 = never.
+    pub reset_every: u64,
+    /// Batches that a new generator makes for itself before the first one that is handed over.
+    pub warmup: u64,
+}
+
+impl FastSettings {
+    /// The published settings for CIFAR-10 at K = 5, but for the class, of which the published generator is not told.
+    /// Published, too, are 20 batches before the first training step.
+    pub const PUBLISHED: Self = Self {
+        steps: 5,
+        learning_rate: 3e-3,
+        latent_learning_rate: 0.01,
+        meta: Meta::Fomaml,
+        latent: 256,
+        width: 64,
+        conditional: false,
+        assign: true,
+        cross_entropy_weight: 0.5,
+        r_feature_weight: 10.0,
+        statistics_momentum: 0.9,
+        compete_weight: 1.33,
+        compete_form: CompeteForm::Agreement,
+        reset_every: 0,
+        warmup: 20,
+    };
+
+    /// Every way in which the settings cannot work.
+    pub fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        let mut check = |ok: bool, problem: String| {
+            if !ok {
+                problems.push(problem);
+            }
+        };
+        let steps = self.steps;
+        check((1..=10_000).contains(&steps), format!("fast.steps is {steps}; give 1 to 10000"));
+        for (name, value) in
+            [("learning_rate", self.learning_rate), ("latent_learning_rate", self.latent_learning_rate)]
+        {
+            check(value.is_finite() && value > 0.0, format!("fast.{name} is {value}; give a positive number"));
+        }
+        let (latent, width) = (self.latent, self.width);
+        check((1..=16_384).contains(&latent), format!("fast.latent is {latent}; give 1 to 16384"));
+        check((1..=4096).contains(&width), format!("fast.width is {width}; give 1 to 4096"));
+        for (name, weight) in [
+            ("cross_entropy_weight", self.cross_entropy_weight),
+            ("r_feature_weight", self.r_feature_weight),
+            ("compete_weight", self.compete_weight),
+        ] {
+            check(weight.is_finite() && weight >= 0.0, format!("fast.{name} is {weight}; give a number from 0"));
+        }
+        let momentum = self.statistics_momentum;
+        check(
+            (0.0..1.0).contains(&momentum),
+            format!("fast.statistics_momentum is {momentum}; give a number from 0 up to, not including, 1"),
+        );
+        problems
+    }
+}
+
+/// What to change in a preset's generator. What is not given keeps the preset's value.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, clap::Args)]
+#[serde(default, deny_unknown_fields)]
+pub struct FastOptions {
+    /// The generator's optimizer steps a batch.
+    #[arg(id = "fast_steps", long = "fast-steps", value_name = "K")]
+    pub steps: Option<u32>,
+    /// Adam's learning rate for the generator.
+    #[arg(id = "fast_learning_rate", long = "fast-learning-rate", value_name = "RATE")]
+    pub learning_rate: Option<f64>,
+    /// Adam's learning rate for the latent vectors.
+    #[arg(id = "fast_latent_learning_rate", long = "fast-latent-learning-rate", value_name = "RATE")]
+    pub latent_learning_rate: Option<f64>,
+    /// How the generator learns from its copies.
+    #[arg(id = "fast_meta", long = "fast-meta", value_enum, value_name = "META")]
+    pub meta: Option<Meta>,
+    /// The length of a latent vector.
+    #[arg(id = "fast_latent", long = "fast-latent", value_name = "N")]
+    pub latent: Option<usize>,
+    /// Channels of the generator's last hidden map.
+    #[arg(id = "fast_width", long = "fast-width", value_name = "N")]
+    pub width: Option<usize>,
+    /// Whether the generator is told the class: true or false.
+    #[arg(id = "fast_conditional", long = "fast-conditional", value_name = "BOOL")]
+    pub conditional: Option<bool>,
+    /// Whether each target goes to an image in which the teacher already sees it: true or false.
+    #[arg(id = "fast_assign", long = "fast-assign", value_name = "BOOL")]
+    pub assign: Option<bool>,
+    /// Weight of the teacher's cross-entropy.
+    #[arg(id = "fast_cross_entropy_weight", long = "fast-cross-entropy-weight", value_name = "WEIGHT")]
+    pub cross_entropy_weight: Option<f64>,
+    /// Weight of R_feature.
+    #[arg(id = "fast_r_feature_weight", long = "fast-r-feature-weight", value_name = "WEIGHT")]
+    pub r_feature_weight: Option<f64>,
+    /// The part of earlier batches in the statistics that R_feature compares, 0 to below 1.
+    #[arg(id = "fast_statistics_momentum", long = "fast-statistics-momentum", value_name = "PART")]
+    pub statistics_momentum: Option<f64>,
+    /// Weight of R_compete.
+    #[arg(id = "fast_compete_weight", long = "fast-compete-weight", value_name = "WEIGHT")]
+    pub compete_weight: Option<f64>,
+    /// The form of R_compete.
+    #[arg(id = "fast_compete_form", long = "fast-compete-form", value_enum, value_name = "FORM")]
+    pub compete_form: Option<CompeteForm>,
+    /// Start the generator's first layer anew after so many batches; 0 = never.
+    #[arg(id = "fast_reset_every", long = "fast-reset-every", value_name = "N")]
+    pub reset_every: Option<u64>,
+    /// Batches that a new generator makes for itself before the first that is handed over.
+    #[arg(id = "fast_warmup", long = "fast-warmup", value_name = "N")]
+    pub warmup: Option<u64>,
+}
+
+impl FastOptions {
+    /// These options, with those of `over` wherever it gives one.
+    pub fn overridden_by(self, over: Self) -> Self {
+        Self {
+            steps: over.steps.or(self.steps),
+            learning_rate: over.learning_rate.or(self.learning_rate),
+            latent_learning_rate: over.latent_learning_rate.or(self.latent_learning_rate),
+            meta: over.meta.or(self.meta),
+            latent: over.latent.or(self.latent),
+            width: over.width.or(self.width),
+            conditional: over.conditional.or(self.conditional),
+            assign: over.assign.or(self.assign),
+            cross_entropy_weight: over.cross_entropy_weight.or(self.cross_entropy_weight),
+            r_feature_weight: over.r_feature_weight.or(self.r_feature_weight),
+            statistics_momentum: over.statistics_momentum.or(self.statistics_momentum),
+            compete_weight: over.compete_weight.or(self.compete_weight),
+            compete_form: over.compete_form.or(self.compete_form),
+            reset_every: over.reset_every.or(self.reset_every),
+            warmup: over.warmup.or(self.warmup),
+        }
+    }
+
+    /// The settings that these options make of a preset's.
+    pub fn apply(&self, p: FastSettings) -> FastSettings {
+        FastSettings {
+            steps: self.steps.unwrap_or(p.steps),
+            learning_rate: self.learning_rate.unwrap_or(p.learning_rate),
+            latent_learning_rate: self.latent_learning_rate.unwrap_or(p.latent_learning_rate),
+            meta: self.meta.unwrap_or(p.meta),
+            latent: self.latent.unwrap_or(p.latent),
+            width: self.width.unwrap_or(p.width),
+            conditional: self.conditional.unwrap_or(p.conditional),
+            assign: self.assign.unwrap_or(p.assign),
+            cross_entropy_weight: self.cross_entropy_weight.unwrap_or(p.cross_entropy_weight),
+            r_feature_weight: self.r_feature_weight.unwrap_or(p.r_feature_weight),
+            statistics_momentum: self.statistics_momentum.unwrap_or(p.statistics_momentum),
+            compete_weight: self.compete_weight.unwrap_or(p.compete_weight),
+            compete_form: self.compete_form.unwrap_or(p.compete_form),
+            reset_every: self.reset_every.unwrap_or(p.reset_every),
+            warmup: self.warmup.unwrap_or(p.warmup),
+        }
+    }
+}

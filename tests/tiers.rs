@@ -1,0 +1,138 @@
+//! The tiers of synthesis: each makes images, a running daemon switches between them, and the generator lives through a
+//! restart.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+mod support;
+
+use dreamfeed::client::{Batch, BatchStream, ClientError, Start};
+use dreamfeed::proto;
+use futures_util::StreamExt;
+use support::{Daemon, assert_consecutive, student, take, within};
+use tonic::Code;
+
+/// Every tier in a step or two.
+const QUICK: [&str; 18] = [
+    "--batch-size",
+    "8",
+    "--preset",
+    "digits",
+    "--iterations",
+    "2",
+    "--warm-iterations",
+    "2",
+    "--hybrid-iterations",
+    "2",
+    "--fast-steps",
+    "2",
+    "--fast-width",
+    "4",
+    "--fast-warmup",
+    "3",
+    "--queue-chunks",
+    "1",
+];
+
+fn start(synthesizer: &str) -> Daemon {
+    Daemon::start(&[&QUICK[..], &["--synthesizer", synthesizer]].concat())
+}
+
+fn maker(batch: &Batch) -> String {
+    batch.payload.metadata()["synthesizer"].clone()
+}
+
+/// Batches until one is made by this tier.
+async fn until(stream: &mut BatchStream, synthesizer: &str) -> Vec<Batch> {
+    let mut batches = Vec::new();
+    loop {
+        let batch = within(stream.next()).await.unwrap().unwrap();
+        let found = maker(&batch) == synthesizer;
+        batches.push(batch);
+        if found {
+            return batches;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_running_daemon_switches_between_all_tiers_and_no_stream_ends() {
+    let daemon = start("noise");
+    let client = daemon.client().await;
+    client.push_student("resnet8", student(2), 1, None).await.unwrap();
+    let mut stream = client.stream(Start::Earliest).await.unwrap();
+    let mut batches = until(&mut stream, "noise").await;
+    for name in ["adi", "warm-adi", "fast", "hybrid", "noise"] {
+        let answer = client.set_synthesizer(name).await.unwrap();
+        assert_eq!(answer.name, name);
+        let settings: serde_json::Value = serde_json::from_str(&answer.settings_json).unwrap();
+        assert_eq!(settings["synthesizer"], name);
+        assert_eq!(client.describe().await.unwrap().synthesizer.unwrap().name, name);
+        batches.extend(until(&mut stream, name).await);
+        let batch = batches.last().unwrap();
+        let settings: serde_json::Value = serde_json::from_str(&batch.payload.metadata()["settings"]).unwrap();
+        assert_eq!(settings["synthesizer"], name);
+        let against = if name == "noise" { 0 } else { 1 };
+        assert_eq!(batch.student_version().unwrap(), vec![against; 8], "{name}");
+        daemon.get("/metrics").1.lines().find(|line| line.contains(&format!("synthesizer=\"{name}\""))).unwrap();
+    }
+    assert_consecutive(&batches, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unknown_tier_is_refused_and_nothing_changes() {
+    let daemon = start("fast");
+    let client = daemon.client().await;
+    let refused = client.set_synthesizer("quick").await.unwrap_err();
+    let ClientError::Status { status, .. } = refused else { panic!("{refused}") };
+    assert_eq!(status.code(), Code::InvalidArgument);
+    for part in ["\"quick\"", "adi, warm-adi, fast, hybrid, noise"] {
+        assert!(status.message().contains(part), "{}", status.message());
+    }
+    assert_eq!(client.describe().await.unwrap().synthesizer.unwrap().name, "fast");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_image_of_a_mixed_batch_says_which_tier_made_it() {
+    let daemon = start("noise");
+    let client = daemon.client().await;
+    let mut stream = client.stream(Start::Earliest).await.unwrap();
+    until(&mut stream, "noise").await;
+    client.set_synthesizer("fast").await.unwrap();
+    until(&mut stream, "fast").await;
+    let replay = proto::Replay { share: 1.0, ..Default::default() };
+    let request = proto::StreamRequest { batch_size: Some(256), replay: Some(replay), ..Default::default() };
+    let mut mixed = client.stream_with(request).await.unwrap();
+    let batch = take(&mut mixed, 256).await.remove(0);
+    let names: Vec<&str> = batch.payload.metadata()["synthesizers"].split(',').collect();
+    assert_eq!(names, ["adi", "warm-adi", "fast", "hybrid", "noise"]);
+    let codes = batch.payload.get("synthesizer").unwrap();
+    let codes: Vec<i64> = codes.data.as_chunks::<8>().0.iter().map(|bytes| i64::from_le_bytes(*bytes)).collect();
+    let mut makers = std::collections::BTreeMap::new();
+    let mut chunks = client.stream(Start::Earliest).await.unwrap();
+    while makers.len() <= *batch.sequences().unwrap().iter().max().unwrap() as usize {
+        let chunk = within(chunks.next()).await.unwrap().unwrap();
+        makers.extend(chunk.sequences().unwrap().into_iter().map(|sequence| (sequence, maker(&chunk))));
+    }
+    for (sequence, code) in batch.sequences().unwrap().iter().zip(codes) {
+        assert_eq!(makers[sequence], names[code as usize], "image {sequence}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_generator_lives_through_a_restart() {
+    let arguments = [&QUICK[..], &["--synthesizer", "fast", "--max-images", "40"]].concat();
+    let mut daemon = Daemon::start(&arguments);
+    let client = daemon.client().await;
+    take(&mut client.stream(Start::Earliest).await.unwrap(), 40).await;
+    drop(client);
+    daemon.restart(&arguments);
+    // Three for itself and five for the log.
+    assert!(daemon.log().contains("going on with the stored generator batches=8"), "{}", daemon.log());
+
+    // Of another shape it would be useless, and the daemon says so and begins anew.
+    let mut other = arguments.clone();
+    other.extend(["--fast-latent", "32"]);
+    daemon.restart(&other);
+    assert!(daemon.log().contains("the stored generator cannot be gone on with"), "{}", daemon.log());
+    let client = daemon.client().await;
+    take(&mut client.stream(Start::Latest).await.unwrap(), 8).await;
+}
