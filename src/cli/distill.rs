@@ -58,6 +58,9 @@ pub struct Args {
     /// The temperature of the distillation loss.
     #[arg(long, default_value_t = 4.0)]
     temperature: f64,
+    /// Measure and save a moving average of the weights, of which this part stays at each step; 0: the weights themselves.
+    #[arg(long, default_value_t = 0.0)]
+    ema: f64,
     /// Changes to images before each step: none, or a list of shift:N and flip.
     #[arg(long, default_value = "shift:4,flip")]
     augment: Augmentation,
@@ -73,6 +76,9 @@ pub struct Args {
     /// Measure every so many steps; 0: only at the end.
     #[arg(long, default_value_t = 500)]
     eval_every: u64,
+    /// Measure after so much time, too, for example 5m,10m.
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = humantime::parse_duration)]
+    eval_at: Vec<Duration>,
     /// Where to write the trained student, a safetensors file.
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
@@ -109,6 +115,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     positive("--temperature", args.temperature, false)?;
     positive("--weight-decay", args.weight_decay, true)?;
     positive("--momentum", args.momentum, true)?;
+    anyhow::ensure!(
+        (0.0..1.0).contains(&args.ema),
+        "--ema is {}; give a number from 0 up to, not including, 1",
+        args.ema
+    );
     telemetry::install_logs(LogFormat::Text, EnvFilter::new("warn"));
     let options = Options {
         connect: args.connect,
@@ -131,6 +142,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         push_every: args.push_every,
         test_data: args.test_data,
         eval_every: args.eval_every,
+        eval_at: args.eval_at,
+        ema: args.ema,
         out: args.out,
         checkpoint: args.checkpoint,
         checkpoint_every: args.checkpoint_every,

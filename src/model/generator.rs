@@ -100,6 +100,11 @@ impl Generator {
         Self { shape: self.shape, parameters: self.parameters.iter().map(copy).collect() }
     }
 
+    /// The same parameters without gradients.
+    pub fn frozen_copy(&self) -> Self {
+        Self { shape: self.shape, parameters: self.parameters.iter().map(Tensor::detach).collect() }
+    }
+
     /// Images `[N, C, H, W]` in 0..1 of latent vectors `[N, latent]` and, where it is told of classes, their one-hot
     /// vectors `[N, classes]`.
     pub fn forward(&self, latent: &Tensor, one_hot: Option<&Tensor>) -> Tensor {

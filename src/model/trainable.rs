@@ -1,7 +1,7 @@
 //! A network that is trained: the same architectures as [`super::network`], through libtorch's autograd, with batch norm
 //! on the batch's own statistics.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
 use safetensors::Dtype;
 use tch::{Device, Kind, Tensor};
@@ -18,7 +18,7 @@ const BN_MOMENTUM: f64 = 0.1;
 #[derive(Debug)]
 pub struct TrainableNetwork {
     spec: NetworkSpec,
-    tensors: HashMap<String, Tensor>,
+    tensors: BTreeMap<String, Tensor>,
     /// Names of the trainable tensors, in the order of [`NetworkSpec::tensors`].
     trainable: Vec<String>,
 }
@@ -49,7 +49,7 @@ impl TrainableNetwork {
 
     fn build(spec: &NetworkSpec, mut make: impl FnMut(&str, &[usize]) -> Tensor) -> Self {
         let _guard = tch::no_grad_guard();
-        let mut tensors = HashMap::new();
+        let mut tensors = BTreeMap::new();
         let mut trainable = Vec::new();
         for tensor in spec.tensors() {
             let value = make(&tensor.name, &tensor.shape);
@@ -70,6 +70,21 @@ impl TrainableNetwork {
     /// The parameters and their names.
     pub fn parameters(&self) -> impl Iterator<Item = (&str, &Tensor)> {
         self.trainable.iter().map(|name| (name.as_str(), self.tensor(name)))
+    }
+
+    /// Every tensor and its name, in order of name.
+    pub fn tensors(&self) -> impl Iterator<Item = (&str, &Tensor)> {
+        self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor))
+    }
+
+    /// The same network, of which nothing requires a gradient.
+    pub fn frozen_copy(&self) -> Self {
+        let copy = |(name, tensor): (&String, &Tensor)| (name.clone(), tensor.detach().copy());
+        Self {
+            spec: self.spec.clone(),
+            tensors: self.tensors.iter().map(copy).collect(),
+            trainable: self.trainable.clone(),
+        }
     }
 
     fn tensor(&self, name: &str) -> &Tensor {

@@ -33,6 +33,8 @@ pub struct FastGenerator {
     memory: StatisticsMemory,
     /// Batches made.
     batches: u64,
+    /// The copy that made the last batch, the student it was made against, and how many batches it still samples.
+    adapted: Option<(Generator, u64, u32)>,
 }
 
 impl FastGenerator {
@@ -40,7 +42,13 @@ impl FastGenerator {
     pub fn fresh(teacher: &Teacher, settings: &Settings) -> Self {
         let generator = Generator::fresh(shape(teacher, settings), teacher.device());
         let meta = generator.parameters().iter().map(|parameter| Adam::new(parameter, BETAS)).collect();
-        Self { generator, meta, memory: StatisticsMemory::new(settings.fast.statistics_momentum), batches: 0 }
+        Self {
+            generator,
+            meta,
+            memory: StatisticsMemory::new(settings.fast.statistics_momentum),
+            batches: 0,
+            adapted: None,
+        }
     }
 
     /// Batches made so far, those of the warm-up among them.
@@ -57,6 +65,14 @@ impl FastGenerator {
         rng: &mut ChaCha8Rng,
         surroundings: &mut dyn Surroundings,
     ) -> Result<Optimized, SynthesisError> {
+        if let Some((copy, student_version, left)) = self.adapted.take().filter(|(_, _, left)| *left > 0) {
+            let _guard = tch::no_grad_guard();
+            let one_hot = one_hot(teacher, settings, targets);
+            let latent = self.latent(teacher, settings, &copy, targets, one_hot.as_ref());
+            let images = teacher.pixels.normalize_unit(&copy.forward(&latent, one_hot.as_ref()));
+            self.adapted = Some((copy, student_version, left - 1));
+            return Ok(Optimized { images, student_version });
+        }
         while self.batches < settings.fast.warmup {
             self.batch(teacher, settings, targets, rng, surroundings)?;
         }
@@ -76,23 +92,8 @@ impl FastGenerator {
             self.reset();
         }
         let weighed = self.weighed(settings);
-        let count = targets.size()[0];
-        // As loud as all of the latent vector together; else the class drowns in it for the first hundred batches.
-        let loudness = (fast.latent as f64).sqrt();
-        let one_hot = fast.conditional.then(|| {
-            let one_hot = targets.one_hot(teacher.num_classes() as i64).to_kind(Kind::Float);
-            one_hot.to_device(teacher.device()) * loudness
-        });
-        // Drawn on the CPU, so that one seed means the same images on every device.
-        let latent =
-            Tensor::randn([count, fast.latent as i64], (Kind::Float, Device::Cpu)).to_device(teacher.device());
-        let latent = if fast.assign {
-            let _guard = tch::no_grad_guard();
-            let first = teacher.pixels.normalize_unit(&self.generator.forward(&latent, one_hot.as_ref()));
-            latent.index_select(0, &assignment(&teacher.network.logits(&first), targets))
-        } else {
-            latent
-        };
+        let one_hot = one_hot(teacher, settings, targets);
+        let latent = self.latent(teacher, settings, &self.generator, targets, one_hot.as_ref());
         let mut latent = latent.set_requires_grad(true);
         let copy = self.generator.trainable_copy();
         let mut adam: Vec<Adam> = copy.parameters().iter().map(|parameter| Adam::new(parameter, BETAS)).collect();
@@ -148,7 +149,28 @@ impl FastGenerator {
             return Err(SynthesisError::NotFinite { step: fast.steps - 1 });
         }
         self.learn(settings, &copy, gradients);
+        self.adapted = Some((copy.frozen_copy(), student_version, fast.samples));
         Ok(Optimized { images, student_version })
+    }
+
+    /// Latent vectors, in the order of the targets that they suit.
+    fn latent(
+        &self,
+        teacher: &Teacher,
+        settings: &Settings,
+        generator: &Generator,
+        targets: &Tensor,
+        one_hot: Option<&Tensor>,
+    ) -> Tensor {
+        let _guard = tch::no_grad_guard();
+        // Drawn on the CPU, so that one seed means the same images on every device.
+        let size = [targets.size()[0], settings.fast.latent as i64];
+        let latent = Tensor::randn(size, (Kind::Float, Device::Cpu)).to_device(teacher.device());
+        if !settings.fast.assign {
+            return latent;
+        }
+        let first = teacher.pixels.normalize_unit(&generator.forward(&latent, one_hot));
+        latent.index_select(0, &assignment(&teacher.network.logits(&first), targets))
     }
 
     /// One step of the generator itself. FOMAML: along the sum of the copy's gradients. Reptile: towards where the copy
@@ -195,6 +217,15 @@ impl FastGenerator {
             ..settings.clone()
         }
     }
+}
+
+fn one_hot(teacher: &Teacher, settings: &Settings, targets: &Tensor) -> Option<Tensor> {
+    // As loud as all of the latent vector together; else the class drowns in it for the first hundred batches.
+    let loudness = (settings.fast.latent as f64).sqrt();
+    settings.fast.conditional.then(|| {
+        let one_hot = targets.one_hot(teacher.num_classes() as i64).to_kind(Kind::Float);
+        one_hot.to_device(teacher.device()) * loudness
+    })
 }
 
 /// For each target `[N]` the image that shall become it, `[N]`, each image once: of all pairs the one of the highest

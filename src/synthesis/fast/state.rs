@@ -96,6 +96,7 @@ impl FastGenerator {
             meta,
             memory: StatisticsMemory::resume(settings.fast.statistics_momentum, averages),
             batches: text("batches").parse().unwrap_or_default(),
+            adapted: None,
         })
     }
 }

@@ -47,6 +47,9 @@ pub struct FastSettings {
     pub reset_every: u64,
     /// Batches that a new generator makes for itself before the first one that is handed over.
     pub warmup: u64,
+    /// After each optimized batch its generator makes so many more from new latent vectors without optimizing them: they
+    /// are nearly as good, and cost two forward passes.
+    pub samples: u32,
 }
 
 impl FastSettings {
@@ -68,6 +71,7 @@ impl FastSettings {
         compete_form: CompeteForm::Agreement,
         reset_every: 0,
         warmup: 20,
+        samples: 0,
     };
 
     /// Every way in which the settings cannot work.
@@ -153,6 +157,9 @@ pub struct FastOptions {
     /// Batches that a new generator makes for itself before the first that is handed over.
     #[arg(id = "fast_warmup", long = "fast-warmup", value_name = "N")]
     pub warmup: Option<u64>,
+    /// Batches that the generator only samples after each that it optimizes.
+    #[arg(id = "fast_samples", long = "fast-samples", value_name = "N")]
+    pub samples: Option<u32>,
 }
 
 impl FastOptions {
@@ -174,6 +181,7 @@ impl FastOptions {
             compete_form: over.compete_form.or(self.compete_form),
             reset_every: over.reset_every.or(self.reset_every),
             warmup: over.warmup.or(self.warmup),
+            samples: over.samples.or(self.samples),
         }
     }
 
@@ -195,6 +203,7 @@ impl FastOptions {
             compete_form: self.compete_form.unwrap_or(p.compete_form),
             reset_every: self.reset_every.unwrap_or(p.reset_every),
             warmup: self.warmup.unwrap_or(p.warmup),
+            samples: self.samples.unwrap_or(p.samples),
         }
     }
 }

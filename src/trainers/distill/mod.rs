@@ -2,6 +2,7 @@
 
 mod options;
 
+use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,6 +20,7 @@ use crate::model::pixels::Pixels;
 use crate::model::source::{Geometry, Normalization};
 use crate::model::spec::NetworkSpec;
 use crate::model::trainable::{Metadata, TrainableNetwork};
+use crate::trainers::average::{self, Average};
 use crate::trainers::feed::{Feed, Snapshot};
 use crate::trainers::progress::{Progress, State};
 use crate::trainers::replay::ReplayBuffer;
@@ -112,6 +114,7 @@ struct Training<'a> {
     facts: TeacherFacts,
     test: Option<LabelledImages>,
     student: TrainableNetwork,
+    average: Option<Average>,
     sgd: Sgd,
     pixels: Pixels,
     buffer: ReplayBuffer,
@@ -125,6 +128,8 @@ struct Training<'a> {
     own_steps: u64,
     state: State,
     accuracies: Vec<Measurement>,
+    /// When to measure by the clock, soonest first.
+    marks: VecDeque<Duration>,
     /// Sums since the last report: loss, agreement, steps.
     sums: (Tensor, Tensor, u64),
     shown: Vec<u8>,
@@ -169,6 +174,13 @@ impl<'a> Training<'a> {
         } else {
             TrainableNetwork::fresh(&spec, device)
         };
+        let mut average = (options.ema > 0.0).then(|| Average::new(options.ema, &student));
+        if let (Some(average), Some(path)) = (&mut average, resumed) {
+            average.load(&Checkpoint::open(path)?, state.step);
+        }
+        let mut marks: Vec<Duration> = options.eval_at.iter().copied().filter(|mark| *mark >= before).collect();
+        marks.sort();
+        let marks = marks.into();
         let g = facts.geometry;
         Ok(Self {
             pixels: Pixels::new(&facts.normalization, device, Kind::Float),
@@ -184,6 +196,7 @@ impl<'a> Training<'a> {
             batches: 0,
             own_steps: 0,
             accuracies: Vec::new(),
+            marks,
             sums: (Tensor::from(0f32).to_device(device), Tensor::from(0f32).to_device(device), 0),
             shown: Vec::new(),
             options,
@@ -191,6 +204,7 @@ impl<'a> Training<'a> {
             facts,
             test,
             student,
+            average,
             sgd,
             before,
             state,
@@ -204,6 +218,10 @@ impl<'a> Training<'a> {
                 self.step()?;
             } else {
                 self.wait()?;
+            }
+            if self.marks.front().is_some_and(|mark| *mark <= self.elapsed()) {
+                self.marks.pop_front();
+                self.measure();
             }
         }
         Ok(())
@@ -237,14 +255,10 @@ impl<'a> Training<'a> {
     }
 
     fn take_batches(&mut self) -> anyhow::Result<()> {
-        while let Some(batch) = self.feed.try_next()? {
+        // Paced, what comes next waits until the steps for what is there are made, and the daemon may rest.
+        while self.options.steps_per_batch.is_none() || !self.may_step() {
+            let Some(batch) = self.feed.try_next()? else { break };
             self.take(batch)?;
-            if !self.may_step() {
-                continue;
-            }
-            if self.options.steps_per_batch.is_some() {
-                break; // paced: train on what is there before taking more
-            }
         }
         Ok(())
     }
@@ -273,6 +287,9 @@ impl<'a> Training<'a> {
         loss.backward();
         let rate = self.options.learning_rate * rate_factor(self.done());
         self.sgd.step(&self.student, rate);
+        if let Some(average) = &mut self.average {
+            average.update(&self.student);
+        }
         {
             let _guard = tch::no_grad_guard();
             let agrees = logits.argmax(1, false).eq_tensor(&drawn.logits.argmax(1, false));
@@ -327,7 +344,8 @@ impl<'a> Training<'a> {
     fn measure(&mut self) {
         let Some(test) = &self.test else { return };
         let classes = self.facts.num_classes as i64;
-        let logits = |pixels: &Tensor| self.student.logits(&self.pixels.normalize(pixels)).narrow(1, 0, classes);
+        let learned = self.learned();
+        let logits = |pixels: &Tensor| learned.logits(&self.pixels.normalize(pixels)).narrow(1, 0, classes);
         let accuracy = test.accuracy(logits);
         self.state.accuracy = Some(accuracy);
         let seconds = self.elapsed().as_secs_f64();
@@ -340,6 +358,11 @@ impl<'a> Training<'a> {
         Snapshot { arch, file: file.into(), step: self.state.step }
     }
 
+    /// What the training has come to: the average, where there is one.
+    fn learned(&self) -> &TrainableNetwork {
+        self.average.as_ref().map_or(&self.student, Average::network)
+    }
+
     fn save_checkpoint(&self) -> anyhow::Result<()> {
         let Some(path) = &self.options.checkpoint else { return Ok(()) };
         let metadata = self
@@ -348,7 +371,9 @@ impl<'a> Training<'a> {
             .with("step", self.state.step)
             .with("consumed", self.state.consumed)
             .with("seconds", self.elapsed().as_secs_f64());
-        write_whole(path, &self.student.to_safetensors_with(&metadata, &self.sgd.state()))
+        let mut more = self.sgd.state();
+        more.extend(self.average.iter().flat_map(Average::state));
+        write_whole(path, &self.student.to_safetensors_with(&metadata, &more))
     }
 
     fn finish(mut self, complete: bool) -> anyhow::Result<Summary> {
@@ -357,11 +382,12 @@ impl<'a> Training<'a> {
         }
         self.measure();
         self.save_checkpoint()?;
+        if let Some(path) = &self.options.out {
+            let learned = self.learned();
+            write_whole(path, &learned.to_safetensors(&self.facts.metadata(learned.spec())))?;
+        }
         // The daemon ends with the final weights, so that a next trainer can start from them.
         let snapshot = self.snapshot();
-        if let Some(path) = &self.options.out {
-            write_whole(path, &snapshot.file)?;
-        }
         if self.state.step > 0
             && let Err(error) = self.feed.push_and_wait(snapshot, WAIT * 10)
         {
@@ -402,7 +428,7 @@ fn resume(
     facts: &TeacherFacts,
 ) -> anyhow::Result<(Checkpoint, Checkpoint, NetworkSpec)> {
     let checkpoint = Checkpoint::open(path).with_context(|| format!("cannot resume from {}", path.display()))?;
-    let network = checkpoint.only(|name| !name.starts_with("momentum."));
+    let network = checkpoint.only(|name| !name.starts_with("momentum.") && !name.starts_with(average::PREFIX));
     let known = checkpoint.metadata().get("arch").map(String::as_str);
     if let (Some(arch), Some(known)) = (arch, known)
         && arch != known

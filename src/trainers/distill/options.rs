@@ -42,6 +42,9 @@ pub struct Options {
     pub momentum: f64,
     /// SGD's weight decay.
     pub weight_decay: f64,
+    /// The part of the moving average of the weights that stays at each step; that average is what is measured and saved.
+    /// 0: the weights themselves.
+    pub ema: f64,
     /// T of the distillation loss.
     pub temperature: f64,
     /// Changes to images before each step.
@@ -54,6 +57,8 @@ pub struct Options {
     pub test_data: Option<PathBuf>,
     /// Measure every so many steps; 0: only at the end.
     pub eval_every: u64,
+    /// Measure after so much time, too.
+    pub eval_at: Vec<Duration>,
     /// Where to write the student.
     pub out: Option<PathBuf>,
     /// Where to keep the training's state, and to resume from if it is there.
