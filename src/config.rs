@@ -18,6 +18,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use tracing_subscriber::EnvFilter;
 
 use crate::delivery::DemandMode;
+use crate::device::Precision;
 use crate::engine::{DeviceOption, EngineOptions};
 use crate::log::{self, Retention};
 use crate::model::source::{NetworkSource, SourceOptions};
@@ -58,6 +59,10 @@ pub struct ServeOptions {
     /// The device: auto, cpu, cuda or cuda:N [default: auto].
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<DeviceOption>,
+    /// The element type in which the networks compute: f32, or bf16, which is faster where the processor has it
+    /// [default: f32].
+    #[arg(long, value_enum, value_name = "PRECISION")]
+    pub precision: Option<Precision>,
     /// Threads of libtorch on the CPU [default: libtorch's choice].
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
@@ -412,6 +417,7 @@ impl Config {
             teacher: Arc::new(teacher),
             engine: EngineOptions {
                 device: options.device.unwrap_or_default(),
+                precision: options.precision.unwrap_or_default(),
                 threads: options.threads,
                 settings,
                 seed: options.seed.unwrap_or(0),

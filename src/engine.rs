@@ -19,7 +19,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 pub use crate::device::DeviceOption;
-use crate::device::set_threads;
+use crate::device::{Precision, set_threads};
 use crate::model::network::FrozenNetwork;
 use crate::model::source::NetworkSource;
 use crate::students::Student;
@@ -59,6 +59,8 @@ const NICENESS: i32 = 5;
 pub struct EngineOptions {
     /// Where tensors live.
     pub device: DeviceOption,
+    /// The element type in which the networks compute.
+    pub precision: Precision,
     /// Threads of libtorch's operators; default: one a core.
     pub threads: Option<usize>,
     /// What to make.
@@ -251,7 +253,7 @@ fn run(
     // Before libtorch makes its own threads, which inherit the priority.
     give_way();
     set_threads(options.threads.and_then(NonZeroUsize::new));
-    let teacher = Teacher::load(&source, device, Kind::Float);
+    let teacher = Teacher::load(&source, device, options.precision.kind());
     tracing::info!(?device, arch = source.spec.arch(), sha256 = %source.identity, "the teacher is on the device");
 
     let Connections { students, wanted, recall, synthesizer: mut chosen, generator, saved, output, stop } =
@@ -266,7 +268,8 @@ fn run(
             Err(error) => tracing::warn!(%error, "the stored generator cannot be gone on with; a new one begins"),
         }
     }
-    let mut world = World { device, students, recall, adopted: None, unreported: None, stop, status };
+    let kind = options.precision.kind();
+    let mut world = World { device, kind, students, recall, adopted: None, unreported: None, stop, status };
     let mut keeper = Keeper { saved, at: Instant::now(), batches: 0 };
     let outcome = produce(
         &mut synthesizer,
@@ -409,6 +412,7 @@ struct Adopted {
 /// Everything outside the optimizer that a run meets.
 struct World {
     device: Device,
+    kind: Kind,
     students: watch::Receiver<Option<Arc<Student>>>,
     recall: Recall,
     adopted: Option<Adopted>,
@@ -425,7 +429,7 @@ impl World {
             return;
         }
         let Some(student) = self.students.borrow_and_update().clone() else { return };
-        let load = || FrozenNetwork::load(&student.spec, &student.checkpoint, self.device, Kind::Float);
+        let load = || FrozenNetwork::load(&student.spec, &student.checkpoint, self.device, self.kind);
         let network = match catch_unwind(AssertUnwindSafe(load)) {
             Ok(network) => network,
             Err(panic) => {

@@ -95,6 +95,8 @@ fn every_term_and_its_gradient_equals_pytorch() {
         golden.check("compete_js", "compete", &js, 1.0);
         let reference = only(|s| (s.compete_weight, s.compete_form) = (1.0, CompeteForm::Reference));
         golden.check("compete_reference", "compete", &reference, 1.0);
+        let agreement = only(|s| (s.compete_weight, s.compete_form) = (1.0, CompeteForm::Agreement));
+        golden.check("compete_agreement", "compete", &agreement, 1.0);
     }
 }
 

@@ -99,7 +99,7 @@ async fn each_image_of_a_mixed_batch_says_which_tier_made_it() {
     client.set_synthesizer("fast").await.unwrap();
     until(&mut stream, "fast").await;
     let replay = proto::Replay { share: 1.0, ..Default::default() };
-    let request = proto::StreamRequest { batch_size: Some(256), replay: Some(replay), ..Default::default() };
+    let request = proto::StreamRequest { batch_size: 256, replay: Some(replay), ..Default::default() };
     let mut mixed = client.stream_with(request).await.unwrap();
     let batch = take(&mut mixed, 256).await.remove(0);
     let names: Vec<&str> = batch.payload.metadata()["synthesizers"].split(',').collect();

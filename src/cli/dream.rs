@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::Context;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
-use crate::device::DeviceArgs;
+use crate::device::{DeviceArgs, Precision};
 use crate::grid;
 use crate::model::labelled::accuracy;
 use crate::model::network::FrozenNetwork;
@@ -51,6 +51,9 @@ pub struct Args {
     /// Decides what is made.
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// The element type in which the networks compute.
+    #[arg(long, value_enum, default_value = "f32")]
+    precision: Precision,
     #[command(flatten)]
     device: DeviceArgs,
     /// Print one JSON object.
@@ -114,10 +117,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         .synthesis
         .resolve(source.spec.num_classes)
         .map_err(|problems| anyhow::anyhow!("{}", problems.join("; ")))?;
-    let teacher = Teacher::load(&source, device, Kind::Float);
+    let teacher = Teacher::load(&source, device, args.precision.kind());
     let frozen = |path: &Path, arch: Option<&String>| -> anyhow::Result<FrozenNetwork> {
         let source = open(path, arch, &args.source, &source)?;
-        Ok(FrozenNetwork::load(&source.spec, &source.checkpoint, device, Kind::Float))
+        Ok(FrozenNetwork::load(&source.spec, &source.checkpoint, device, args.precision.kind()))
     };
     let student = args.student.as_ref().map(|path| frozen(path, args.student_arch.as_ref())).transpose()?;
     let verifier = args.verifier.as_ref().map(|path| frozen(path, args.verifier_arch.as_ref())).transpose()?;

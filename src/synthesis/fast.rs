@@ -259,3 +259,6 @@ fn shape(teacher: &Teacher, settings: &Settings) -> GeneratorShape {
         geometry: teacher.geometry,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -62,3 +62,45 @@ impl StatisticsMemory {
         }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::synthesis::objective::r_feature;
+
+    fn vector(values: [f64; 3]) -> Tensor {
+        Tensor::from_slice(&values)
+    }
+
+    fn statistics(mean: [f64; 3], var: [f64; 3]) -> BatchStatistics {
+        BatchStatistics {
+            mean: vector(mean),
+            var: vector(var),
+            running_mean: vector([1.0, -2.0, 0.5]),
+            running_var: vector([0.5, 2.0, 1.0]),
+        }
+    }
+
+    #[test]
+    fn r_feature_is_that_of_the_mixture() {
+        let (a, b) = (([0.0, 1.0, 2.0], [1.0, 1.5, 0.2]), ([2.0, -1.0, 0.0], [0.1, 3.0, 0.7]));
+        let mut memory = StatisticsMemory::new(0.9);
+        let mut first = [statistics(a.0, a.1)];
+        memory.mix(&mut first);
+        let plain = r_feature(&[statistics(a.0, a.1)], 1.0).unwrap();
+        assert_eq!((memory.weight(), r_feature(&first, 1.0).unwrap()), (1.0, plain));
+        memory.remember();
+
+        let mut second = [statistics(b.0, b.1)];
+        memory.mix(&mut second);
+        let mixed = |i: usize| (0.1 * b.0[i] + 0.9 * a.0[i], 0.1 * b.1[i] + 0.9 * a.1[i]);
+        let mixture = [mixed(0), mixed(1), mixed(2)];
+        let wanted = r_feature(&[statistics(mixture.map(|m| m.0), mixture.map(|m| m.1))], 1.0).unwrap();
+        let got = r_feature(&second, 1.0).unwrap() * memory.weight();
+        assert!((got - wanted).abs().double_value(&[]) < 1e-12);
+        memory.remember();
+        let [mean, _] = &memory.averages()[0];
+        assert!((mean.double_value(&[0]) - mixture[0].0).abs() < 1e-12);
+    }
+}

@@ -43,6 +43,7 @@ TERMS = (
     "r_feature_first10",
     "compete_js",
     "compete_reference",
+    "compete_agreement",
 )
 
 
@@ -189,6 +190,13 @@ def compete_reference(student: Tensor, teacher: Tensor) -> Tensor:
     return 1.0 - js.clamp(0.0, 1.0)
 
 
+def compete_agreement(student: Tensor, teacher: Tensor) -> Tensor:
+    """Fang et al. 2022: -KL(Q, P) at the same temperature of the images in which both see the same class."""
+    log_p, log_q = F.log_softmax(student / TEMPERATURE, 1), F.log_softmax(teacher / TEMPERATURE, 1)
+    agree = (student.argmax(1) == teacher.argmax(1)).to(student.dtype)
+    return -((log_q.exp() * (log_q - log_p)).sum(1) * agree).mean()
+
+
 def term(name: str, teacher: Network, student: Network, x: Tensor, targets: Tensor) -> Tensor:
     """One unweighted loss term of the images x [N,C,H,W] (normalised)."""
     if name == "cross_entropy":
@@ -208,9 +216,12 @@ def term(name: str, teacher: Network, student: Network, x: Tensor, targets: Tens
     student_logits = student(x)[
         :, : teacher_logits.shape[1]
     ]  # a wider student competes on the teacher's classes
-    return {"compete_js": compete_js, "compete_reference": compete_reference}[name](
-        student_logits, teacher_logits
-    )
+    forms = {
+        "compete_js": compete_js,
+        "compete_reference": compete_reference,
+        "compete_agreement": compete_agreement,
+    }
+    return forms[name](student_logits, teacher_logits)
 
 
 def objective(
@@ -256,7 +267,7 @@ def make() -> dict[str, dict[str, Tensor]]:
     # The heads are scaled so that some probabilities at temperature 3 lie below the published clamp of 0.01
     # and the clamped term still does not saturate.
     teacher = draw_weights(TEACHER_CLASSES, seed=20, head_scale=2.5)
-    student = draw_weights(STUDENT_CLASSES, seed=21, head_scale=1.5)
+    student = draw_weights(STUDENT_CLASSES, seed=23, head_scale=1.5)
     for weights in (teacher, student):
         centre_head(weights, x)
     return {"teacher": teacher, "student": student, "objective": objective(teacher, student, x, targets)}
@@ -273,6 +284,8 @@ def sanity(tensors: dict[str, Tensor]) -> None:
     clamped = int(((probabilities < 0.01) | (probabilities > 0.99)).sum())
     value = tensors["compete_reference.value"].item()
     assert 0.05 < value < 0.95, f"compete_reference is saturated: {value}"
+    value = tensors["compete_agreement.value"].item()
+    assert value < -0.01, f"compete_agreement: teacher and student never agree: {value}"
     assert 0 < clamped < probabilities.numel() // 2, f"{clamped} probabilities are clamped"
     for name in TERMS:
         assert torch.isfinite(tensors[f"{name}.grad"]).all() and tensors[f"{name}.grad"].abs().max() > 0, name
