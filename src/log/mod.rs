@@ -27,6 +27,7 @@ use std::time::{Duration, Instant, SystemTime};
 use bytes::Bytes;
 use metrics::{counter, histogram};
 use tokio::sync::watch;
+use tokio::time::MissedTickBehavior;
 use uuid::Uuid;
 
 use crate::model::source::Geometry;
@@ -49,7 +50,7 @@ const FOLLOW: Duration = Duration::from_secs(2);
 /// the sequence that it takes for the next one may have been used by another replica, and evicted again. So what retention
 /// keeps must be more than all replicas make within this and one put.
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
-/// How often retention by age is looked after, and remains are swept.
+/// How often retention by age is looked after, what other replicas evicted is noticed, and remains are swept.
 const UPKEEP: Duration = Duration::from_secs(30);
 
 /// What every chunk of a log says of itself.
@@ -327,23 +328,32 @@ impl Log {
         failed.map_or(Ok(()), Err)
     }
 
-    /// Follows other replicas and looks after retention, until dropped.
+    /// Follows other replicas, what they append and what they let go of, and looks after retention, until dropped.
     pub async fn upkeep(self: Arc<Self>) {
-        let mut follow = tokio::time::interval(FOLLOW);
-        let mut upkeep = tokio::time::interval(UPKEEP);
+        let every = |period| {
+            let mut interval = tokio::time::interval(period);
+            // A storage that was slow for a while is not asked again and again at once.
+            interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            interval
+        };
+        let (mut follow, mut upkeep) = (every(FOLLOW), every(UPKEEP));
         loop {
             let done = tokio::select! {
                 _ = follow.tick() => self.refresh().await,
-                _ = upkeep.tick() => {
-                    self.storage.sweep().await;
-                    self.retain().await
-                }
+                _ = upkeep.tick() => self.tend().await,
             };
             if let Err(error) = done {
                 counter!(telemetry::STORAGE_ERRORS, "operation" => "upkeep").increment(1);
                 tracing::warn!(%error, "the log's upkeep waits for the storage");
             }
         }
+    }
+
+    /// One round of upkeep.
+    async fn tend(&self) -> Result<(), StorageError> {
+        self.storage.sweep().await;
+        self.let_go().await?;
+        self.retain().await
     }
 
     /// What lies at a position.
@@ -385,20 +395,20 @@ impl Log {
         Err(ReadError::Damaged)
     }
 
-    /// A chunk is gone that this daemon did not evict. Another replica did, and hardly this one alone: takes everything out
-    /// of the index that is not in the storage any more, so that readers are told where they can really go on.
+    /// Takes everything out of the index and the cache that is not in the storage any more and that this daemon did not
+    /// evict: another replica did, and hardly one chunk alone. So readers are told where they can really go on.
     async fn let_go(&self) -> Result<(), StorageError> {
         let known: Vec<u64> = self.index().entries().map(|entry| entry.summary.first_sequence).collect();
         let found = self.storage.list(open::CHUNKS, None).await?;
         let there: BTreeSet<u64> = found.iter().filter_map(|found| open::first_sequence(&found.name)).collect();
-        // Quarantine second: a damaged chunk is there before it is gone from here.
-        let quarantine = self.storage.list(open::QUARANTINE, None).await?;
-        let damaged: BTreeSet<u64> = quarantine
-            .iter()
-            .filter_map(|found| open::stretch(open::QUARANTINE, &found.name))
-            .map(|(first, _)| first)
-            .collect();
-        if there.is_empty() && !known.iter().all(|first| damaged.contains(first)) {
+        let gone: Vec<u64> = known.into_iter().filter(|first| !there.contains(first)).collect();
+        if gone.is_empty() {
+            return Ok(());
+        }
+        // After the chunks: a damaged chunk is in quarantine, and an evicted one on record, before it is gone from here.
+        let quarantine = self.stretches(open::QUARANTINE).await?;
+        let damaged: BTreeSet<u64> = quarantine.into_iter().map(|(first, _)| first).collect();
+        if there.is_empty() && !gone.iter().all(|first| damaged.contains(first)) {
             // Retention never takes the newest chunk: the folder was emptied, or its disk is not mounted any more.
             return Err(StorageError::Call {
                 action: "find",
@@ -407,15 +417,39 @@ impl Log {
                 problem: "no chunk of the log is there any more".to_owned(),
             });
         }
-        let mut index = self.index_mut();
-        for first in known.into_iter().filter(|first| !there.contains(first)) {
-            if damaged.contains(&first) {
-                index.lose(first);
-            } else {
-                index.evict(first);
+        let mut records = Vec::new();
+        let on_record =
+            |records: &[(u64, u64)], first: u64| records.iter().any(|(from, end)| (*from..*end).contains(&first));
+        // One look may miss both the old records and the one that they just became.
+        for _ in 0..3 {
+            records.extend(self.stretches(open::EVICTED).await?);
+            if gone.iter().all(|first| damaged.contains(first) || on_record(&records, *first)) {
+                break;
             }
         }
+        {
+            let mut index = self.index_mut();
+            for first_sequence in gone.iter().copied() {
+                if damaged.contains(&first_sequence) {
+                    index.lose(first_sequence);
+                } else if on_record(&records, first_sequence) {
+                    index.evict(first_sequence);
+                } else {
+                    let images = index.lose(first_sequence);
+                    tracing::error!(first_sequence, images, "a chunk is gone that retention did not let go of");
+                }
+            }
+        }
+        for first in gone {
+            self.cache.remove(first).await;
+        }
         Ok(())
+    }
+
+    /// The stretches of images that the names in a folder tell of.
+    async fn stretches(&self, folder: &str) -> Result<Vec<(u64, u64)>, StorageError> {
+        let found = self.storage.list(folder, None).await?;
+        Ok(found.iter().filter_map(|found| open::stretch(folder, &found.name)).collect())
     }
 
     async fn quarantine(&self, first_sequence: u64, count: u64, problem: &str) {

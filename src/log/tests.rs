@@ -295,6 +295,41 @@ fn retention_by_age_lets_go_of_what_is_old() {
     });
 }
 
+#[test]
+fn what_is_gone_from_the_storage_is_noticed_by_nobody_reading() {
+    // Time passes only once nothing else can happen.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
+    runtime.block_on(async {
+        let storage = Storage::open("memory:").unwrap();
+        fill(&*open_in(&storage, Retention::default()).await, &[4; 6]).await;
+        let log = open_in(&storage, Retention::default()).await;
+        for first in [0, 4, 8, 12] {
+            log.load(first).await.unwrap();
+        }
+        let cached = log.cached_bytes().await;
+        let tight = Retention { max_images: Some(16), ..Retention::default() };
+        open_in(&storage, tight).await.retain().await.unwrap();
+        // By a hand, and on no record.
+        storage.delete(&open::chunk_name(12)).await.unwrap();
+        assert_eq!(log.extent().images, 24);
+        let _ = tokio::time::timeout(2 * UPKEEP, log.clone().upkeep()).await;
+        let Extent { images: held, chunks, first_sequence, lost_images, .. } = log.extent();
+        assert_eq!((held, chunks, first_sequence, lost_images), (12, 3, 8, 4));
+        assert_eq!(log.locate(5), Located::Overtaken { first_sequence: 8 });
+        assert_eq!(log.locate(13), Located::Lost { next_sequence: 16 });
+        assert_eq!(log.cached_bytes().await, cached / 4);
+        assert!(matches!(log.load(0).await, Err(ReadError::Gone)));
+        assert_eq!(images(&log.load(8).await.unwrap()), [8, 9, 10, 11]);
+        // All at once: no retention does that, so nothing is evicted.
+        for first in [8, 16, 20] {
+            storage.delete(&open::chunk_name(first)).await.unwrap();
+        }
+        let error = log.tend().await.unwrap_err().to_string();
+        assert!(error.contains("no chunk of the log is there any more"), "{error}");
+        assert_eq!(log.extent().images, 12);
+    });
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
