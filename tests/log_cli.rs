@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use dreamfeed::log::{Log, LogOptions, Maker, Retention};
+use dreamfeed::model::checkpoint::hex;
 use dreamfeed::model::source::Geometry;
 use dreamfeed::storage::Storage;
 use dreamfeed::students::{PushHeader, Requirements, StudentLimits, StudentStore};
@@ -323,6 +324,35 @@ fn an_overlap_and_a_chunk_of_another_log_are_found() {
     std::fs::remove_file(store.chunk(6)).unwrap();
     std::fs::write(store.chunk(4), replaced(&ours, &theirs)).unwrap();
     assert_eq!(store.findings(), (1, vec![json!(["foreign", 4, 8])]));
+}
+
+/// An image of a class that the teacher does not have, in a chunk whose checksum is right.
+fn misclassify(path: &Path) {
+    let mut bytes = std::fs::read(path).unwrap();
+    let data = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let digest = |bytes: &[u8]| hex(&Sha256::digest(&bytes[data..]));
+    let old = digest(&bytes);
+    // Labels come first.
+    bytes[data..data + 8].copy_from_slice(&(CLASSES as i64).to_le_bytes());
+    let new = digest(&bytes);
+    let at = bytes.windows(old.len()).position(|window| window == old.as_bytes()).unwrap();
+    bytes[at..at + new.len()].copy_from_slice(new.as_bytes());
+    std::fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn an_image_of_an_impossible_class_is_damage() {
+    let store = Store::whole(4);
+    misclassify(&store.chunk(8));
+    assert_eq!(store.findings(), (1, vec![json!(["header", 8, 12])]));
+    for format in ["folder", "webdataset", "parquet"] {
+        let (output, out) = store.export(format, &[]);
+        assert_eq!(output.status.code(), Some(1));
+        let error = text(&output.stderr);
+        assert!(error.contains("left out log/chunks/00000000000000000008") && error.contains("class 12"), "{error}");
+        assert!(text(&output.stdout).starts_with("12 images"), "{output:?}");
+        assert!(files(&out).keys().all(|path| !path.to_str().unwrap().ends_with(".partial")));
+    }
 }
 
 #[test]

@@ -70,6 +70,22 @@ pub struct LogIdentity {
     pub settings_json: String,
 }
 
+impl LogIdentity {
+    fn origin(&self) -> Origin<'_> {
+        let Self { log_id, teacher_sha256, geometry, num_classes, .. } = self;
+        Origin { log_id: *log_id, teacher_sha256, geometry: *geometry, num_classes: *num_classes }
+    }
+}
+
+/// What a log asks of its chunks.
+#[derive(Clone, Copy, Debug)]
+struct Origin<'a> {
+    log_id: Uuid,
+    teacher_sha256: &'a str,
+    geometry: Geometry,
+    num_classes: usize,
+}
+
 /// How a log is kept.
 #[derive(Clone, Copy, Debug)]
 pub struct LogOptions {
@@ -96,7 +112,7 @@ pub enum ReadError {
     /// It was evicted while it was being looked for.
     #[error("it was evicted")]
     Gone,
-    /// It is damaged, and now in quarantine.
+    /// It is damaged, or another log's, and now in quarantine.
     #[error("it is damaged")]
     Damaged,
     /// The storage does not answer; trying again may help.
@@ -156,6 +172,10 @@ impl Log {
         loop {
             let asked = Instant::now();
             let first_sequence = self.extent().next_sequence;
+            if first_sequence.checked_add(batch.count() as u64).is_none_or(|end| end > chunk::SEQUENCES) {
+                let problem = "its sequences are used up, give another --store".to_owned();
+                return Err(self.cannot_append("append to", open::CHUNKS.to_owned(), problem));
+            }
             let (batch, identity) = (batch.clone(), self.identity.clone());
             let encode = move || Chunk::encode(&batch, first_sequence, &identity);
             let chunk = blocking(encode).await.map_err(ChunkError::Inconsistent)??;
@@ -202,18 +222,13 @@ impl Log {
         else {
             return Ok(false);
         };
-        let entry = match open::read_head(&self.storage, &found).await {
+        let entry = match open::read_head(&self.storage, &found, first_sequence, &self.identity.origin()).await {
             Ok(Some(entry)) => entry,
             Ok(None) => return Ok(false),
             Err(open::HeadError::Storage(error)) => return Err(error.into()),
             Err(open::HeadError::Chunk(error @ ChunkError::UnknownFormat { .. })) => {
                 // Of a newer replica. Nothing may be written after what we cannot read.
-                return Err(AppendError::Storage(StorageError::Call {
-                    action: "append after",
-                    name: found.name,
-                    location: self.storage.location().to_owned(),
-                    problem: error.to_string(),
-                }));
+                return Err(self.cannot_append("append after", found.name, error.to_string()));
             }
             Err(open::HeadError::Chunk(error)) => {
                 self.set_aside(first_sequence, &error).await;
@@ -227,14 +242,20 @@ impl Log {
         Ok(false)
     }
 
+    fn cannot_append(&self, action: &'static str, name: String, problem: String) -> AppendError {
+        let location = self.storage.location().to_owned();
+        AppendError::Storage(StorageError::Call { action, name, location, problem })
+    }
+
     /// Quarantine for what was to be the next chunk and cannot be read; none of the sequences that it may have is given
     /// again.
     async fn set_aside(&self, first_sequence: u64, error: &ChunkError) {
-        let count = open::most_images(error, self.identity.geometry, self.identity.num_classes);
-        self.quarantine(first_sequence, count, &error.to_string()).await;
+        let count = open::most_images(error, &self.identity.origin());
+        let end = first_sequence.saturating_add(count).min(chunk::SEQUENCES);
+        self.quarantine(first_sequence, end - first_sequence, &error.to_string()).await;
         let next = {
             let mut index = self.index_mut();
-            index.mark_lost(first_sequence, first_sequence.saturating_add(count));
+            index.mark_lost(first_sequence, end);
             index.extent().next_sequence
         };
         self.wake(next);
@@ -271,9 +292,11 @@ impl Log {
         let asked = Instant::now();
         let newest = self.index().entries().next_back().map(|entry| entry.summary.first_sequence);
         let after = newest.map(open::chunk_name);
+        let origin = self.identity.origin();
         for found in self.storage.list(open::CHUNKS, after.as_deref()).await? {
-            match open::read_head(&self.storage, &found).await {
-                Ok(Some(entry)) if entry.summary.first_sequence >= self.extent().next_sequence => self.take(entry),
+            let Some(first) = open::first_sequence(&found.name) else { continue };
+            match open::read_head(&self.storage, &found, first, &origin).await {
+                Ok(Some(entry)) if first >= self.extent().next_sequence => self.take(entry),
                 Ok(_) => {}
                 Err(open::HeadError::Storage(error)) => return Err(error),
                 Err(open::HeadError::Chunk(error @ ChunkError::UnknownFormat { .. })) => {
@@ -281,11 +304,15 @@ impl Log {
                     tracing::debug!(%error, name = %found.name, "a newer replica's chunk");
                     return Ok(());
                 }
-                // Left where it is, it would hide from this daemon's readers whatever comes after it.
-                Err(open::HeadError::Chunk(error)) => match open::first_sequence(&found.name) {
-                    Some(first) if first >= self.extent().next_sequence => self.set_aside(first, &error).await,
-                    _ => tracing::debug!(%error, name = %found.name, "not a chunk of this log"),
-                },
+                Err(open::HeadError::Chunk(error)) => {
+                    let end = first.saturating_add(open::most_images(&error, &origin));
+                    if first >= self.extent().next_sequence && end <= chunk::SEQUENCES {
+                        // Left where it is, it would hide from this daemon's readers whatever comes after it.
+                        self.set_aside(first, &error).await;
+                    } else {
+                        tracing::debug!(%error, name = %found.name, "not a chunk of this log");
+                    }
+                }
             }
         }
         self.set_looked(asked);
@@ -383,9 +410,9 @@ impl Log {
                 return Err(ReadError::Gone);
             };
             match blocking(move || Chunk::parse(object)).await.map_err(ReadError::Storage)? {
-                Ok(chunk) => match chunk.check(first_sequence, self.identity.geometry, self.identity.num_classes) {
+                Ok(chunk) => match chunk.check(first_sequence, &self.identity.origin()) {
                     Ok(()) => return Ok(Arc::new(chunk)),
-                    Err(why) => problem = why,
+                    Err(error) => problem = error.to_string(),
                 },
                 Err(error) => problem = error.to_string(),
             }

@@ -18,7 +18,7 @@ use crate::storage::{Storage, StorageError};
 pub enum Kind {
     /// A chunk whose bytes are not those that were written.
     Checksum,
-    /// A chunk whose beginning cannot be read.
+    /// A chunk whose beginning cannot be read, or tells of images that are impossible.
     Header,
     /// An intact chunk of another log.
     Foreign,
@@ -95,7 +95,8 @@ pub fn layout(log: &Inspection) -> Vec<Finding> {
         findings.push(Finding::object(Kind::Strange, name.clone(), "it is no object of the log"));
     }
     for head in &log.damaged {
-        let finding = Finding::object(Kind::Header, head.name.clone(), &head.problem);
+        let kind = if head.foreign { Kind::Foreign } else { Kind::Header };
+        let finding = Finding::object(kind, head.name.clone(), &head.problem);
         findings.push(finding.at((head.first_sequence, head.end)));
     }
     for lost in &log.quarantined {

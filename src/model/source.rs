@@ -1,5 +1,6 @@
 //! A network as it lies in a file: weights, architecture, geometry and normalization, read on the host.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -23,6 +24,12 @@ impl Geometry {
     /// Pixels of one image, all channels.
     pub fn pixels(&self) -> usize {
         self.channels * self.height * self.width
+    }
+}
+
+impl fmt::Display for Geometry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}x{}x{}", self.channels, self.height, self.width)
     }
 }
 
