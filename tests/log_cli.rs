@@ -462,10 +462,16 @@ fn mistakes_are_told_in_one_sentence() {
     assert_fails(&store.export("folder", &["--classes", "3,12"]).0, 1, &["there is no class 12", "0 to 11"]);
     let (output, out) = store.export("folder", &["--from", "4"]);
     assert_fails(&output, 1, &["no image that was asked for"]);
+    assert!(output.stdout.is_empty(), "{output:?}");
     assert!(!out.exists());
     assert_fails(&store.export("folder", &["--shard-images", "4"]).0, 2, &["--shard-images"]);
     assert_fails(&store.export("parquet", &["--from", "4", "--to", "4"]).0, 2, &["--from 4", "--to 4"]);
     assert_eq!(store.log(&["show", "first"]).status.code(), Some(2));
+    // Of a version to come: what it calls its fields is its business.
+    std::fs::write(store.path().join("log/log.json"), r#"{"format":"dreamfeed.log.v9","id":"x"}"#).unwrap();
+    assert_fails(&store.log(&["ls"]), 1, &["dreamfeed.log.v9", "use the version that wrote it"]);
+    std::fs::write(store.path().join("log/log.json"), r#"{"format":"dreamfeed.log.v1","id":"x"}"#).unwrap();
+    assert_fails(&store.log(&["ls"]), 1, &["log/log.json is damaged", "restore that file"]);
     assert_eq!(store.export("zip", &[]).0.status.code(), Some(2));
 }
 

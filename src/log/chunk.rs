@@ -39,7 +39,7 @@ pub enum ChunkError {
     Inconsistent(String),
     /// Not safetensors.
     #[error("it does not parse: {0}")]
-    Parse(#[from] CheckpointError),
+    Parse(CheckpointError),
     /// safetensors, but not what a chunk must hold.
     #[error("it is damaged: {0}")]
     Damaged(String),
@@ -76,6 +76,12 @@ pub enum ChunkError {
     /// A position outside the chunk.
     #[error("sequence {0} lies outside the chunk")]
     Outside(u64),
+}
+
+impl From<CheckpointError> for ChunkError {
+    fn from(error: CheckpointError) -> Self {
+        Self::Parse(error)
+    }
 }
 
 /// What the index keeps of a chunk, all of it from the chunk's first kilobytes.

@@ -37,7 +37,7 @@ const READERS: usize = 32;
 pub enum OpenError {
     /// The storage failed.
     #[error("the log cannot be opened: {0}")]
-    Storage(#[from] StorageError),
+    Storage(StorageError),
     /// Something lies there that is no log of ours.
     #[error("the log in {location} cannot be opened: {problem}")]
     Refused {
@@ -46,6 +46,13 @@ pub enum OpenError {
         /// What, and what would be right.
         problem: String,
     },
+}
+
+// By hand: what thiserror converts from is a source too, and whoever prints the chain would print it twice.
+impl From<StorageError> for OpenError {
+    fn from(error: StorageError) -> Self {
+        Self::Storage(error)
+    }
 }
 
 /// Why the beginning of a chunk cannot be read.
@@ -67,6 +74,12 @@ pub struct Identity {
     geometry: [usize; 3],
     /// K.
     pub num_classes: usize,
+}
+
+/// What the identity of every version has.
+#[derive(Deserialize)]
+struct Versioned {
+    format: String,
 }
 
 impl Identity {
@@ -181,15 +194,15 @@ pub(super) async fn identity(storage: &Storage) -> Result<Option<Identity>, Open
     let Some(identity) = storage.get(IDENTITY).await? else {
         return Ok(None);
     };
-    let identity: Identity = serde_json::from_slice(&identity)
-        .map_err(|e| refused(format!("{IDENTITY} is damaged ({e}); restore that file, or give another --store")))?;
-    if identity.format != FORMAT {
+    let damaged = |e| refused(format!("{IDENTITY} is damaged ({e}); restore that file, or give another --store"));
+    // First, and alone: another version may have other fields.
+    let Versioned { format } = serde_json::from_slice(&identity).map_err(damaged)?;
+    if format != FORMAT {
         return Err(refused(format!(
-            "its format is {:?}, and this version of dreamfeed reads {FORMAT}; use the version that wrote it",
-            identity.format
+            "its format is {format:?}, and this version of dreamfeed reads {FORMAT}; use the version that wrote it"
         )));
     }
-    Ok(Some(identity))
+    serde_json::from_slice(&identity).map(Some).map_err(damaged)
 }
 
 /// Reads what the log in a storage is and holds; None where there is none. Changes nothing.
