@@ -261,6 +261,35 @@ fn every_kind_of_damage_is_found_and_named() {
 }
 
 #[test]
+fn what_has_no_business_in_a_store_is_named_wherever_it_lies() {
+    let store = Store::whole(2);
+    store.push_student();
+    let names = ["x/y", "notes.txt", "log/chunks/notes.txt#1", "log/other/z", "students.bak/1"];
+    let remains = "log/chunks/00000000000000000024.safetensors#1";
+    for name in names.iter().chain(&[remains]) {
+        let path = store.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, "hello").unwrap();
+    }
+    let (code, report) = store.verify();
+    let of_kind = |kind: &str| -> Vec<String> {
+        let findings = report["findings"].as_array().unwrap().iter().filter(|finding| finding["kind"] == kind);
+        findings.map(|finding| finding["object"].as_str().unwrap().to_owned()).collect()
+    };
+    let mut strange = of_kind("strange");
+    strange.sort();
+    let mut expected = names.map(str::to_owned);
+    expected.sort();
+    assert_eq!((code, strange, &report["problems"]), (1, expected.to_vec(), &json!(5)));
+    // Nothing is wrong with a put that was broken off.
+    assert_eq!(of_kind("remains"), [remains]);
+    for name in names {
+        std::fs::remove_file(store.path().join(name)).unwrap();
+    }
+    assert_eq!(store.verify().0, 0);
+}
+
+#[test]
 fn a_newer_chunk_hides_nothing_else() {
     let store = Store::whole(4);
     let format = b"dreamfeed.chunk.v1";

@@ -188,6 +188,17 @@ pub(super) struct DamagedHead {
     pub error: ChunkError,
 }
 
+/// Whether objects of this name are looked at by [`read`], which says what is wrong with them.
+pub(super) fn is_in_the_log(name: &str) -> bool {
+    name == IDENTITY || [CHUNKS, QUARANTINE, EVICTED].iter().any(|folder| name.starts_with(folder))
+}
+
+/// Whether an object of the log can have this name.
+pub(super) fn is_own_name(name: &str) -> bool {
+    let stretches = |folder| stretch(folder, name).is_some();
+    name == IDENTITY || first_sequence(name).is_some() || stretches(QUARANTINE) || stretches(EVICTED)
+}
+
 /// Reads what the log in a storage is; None where there is none.
 pub(super) async fn identity(storage: &Storage) -> Result<Option<Identity>, OpenError> {
     let refused = |problem| OpenError::Refused { location: storage.location().to_owned(), problem };

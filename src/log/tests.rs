@@ -329,7 +329,7 @@ fn an_impossible_image_makes_its_chunk_damaged() {
             let log = open_in(&storage, Retention::default()).await;
             fill(&log, &[4, 3, 5]).await;
             for first in [4, 7] {
-                let object = forged(&*log.load(first).await.unwrap(), column, element);
+                let object = forged(&log.load(first).await.unwrap(), column, element);
                 replace(&storage, first, object).await;
                 log.cache.remove(first).await;
             }
