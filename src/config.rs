@@ -121,10 +121,12 @@ pub struct LogOptions {
     /// Retention: let the oldest chunks go beyond this many images [default: no bound].
     #[arg(id = "log_max_images", long = "log-max-images", value_name = "N")]
     pub max_images: Option<u64>,
-    /// Retention: let chunks go that are older than this, for example 7days [default: no bound].
+    /// Retention: let chunks go that are older than this, for example 7days; ages are looked at every 30 s
+    /// [default: no bound].
     #[arg(id = "log_max_age", long = "log-max-age", value_name = "DURATION")]
     pub max_age: Option<Span>,
-    /// Never let go of the first this many images of the log, rounded up to whole chunks: a seed set for replay
+    /// Never let go of the first this many images of the log, rounded up to whole chunks: a seed set for replay. Give
+    /// every daemon of one store the same number, at every start: one that runs without it lets go of the set
     /// [default: 0].
     #[arg(id = "log_seed_images", long = "log-seed-images", value_name = "N")]
     pub seed_images: Option<u64>,
@@ -346,8 +348,9 @@ impl Config {
         let keep_images = options.log.max_images;
         check(keep_images != Some(0), "log.max_images is 0; give at least 1, or leave it out".into());
         let seed_images = options.log.seed_images.unwrap_or(0);
+        let seed_fits = keep_images.is_none_or(|most| seed_images <= most);
         check(
-            keep_images.is_none_or(|most| seed_images <= most),
+            seed_fits,
             format!(
                 "log.seed_images is {seed_images}, more than log.max_images lets the whole log have; give fewer, or raise it"
             ),
@@ -398,7 +401,17 @@ impl Config {
             ));
         }
         let identity: String = teacher.identity.chars().take(12).collect();
-        let seed_bytes = seed_images.saturating_mul(chunk as u64) / settings.batch_size.max(1) as u64;
+        // Whole chunks are kept, as many as the set reaches into.
+        let seed_chunks = seed_images.div_ceil(settings.batch_size.max(1) as u64);
+        let seed_rounded = seed_chunks.saturating_mul(settings.batch_size as u64);
+        if let Some(most) = keep_images.filter(|most| seed_fits && seed_rounded > *most) {
+            problems.push(format!(
+                "log.seed_images is {seed_images}, in whole chunks of synthesis.batch_size {} that are {seed_rounded}, more \
+                 than the {most} that log.max_images lets the whole log have; give fewer, or raise it",
+                settings.batch_size
+            ));
+        }
+        let seed_bytes = seed_chunks.saturating_mul(chunk as u64);
         if seed_bytes > keep_bytes {
             problems.push(format!(
                 "log.seed_images is {seed_images}, about {seed_bytes} bytes that are never evicted, but log.max_bytes gives \

@@ -275,6 +275,24 @@ impl Storage {
         Ok(found)
     }
 
+    /// The name of everything that lies there, also of what [`Self::list`] leaves out: the staged files of a folder. What
+    /// may not be looked into (a disk's lost+found) is left out.
+    pub async fn names(&self) -> Result<Vec<String>, StorageError> {
+        let Some(folder) = self.folder.clone() else {
+            return Ok(self.list("", None).await?.into_iter().map(|found| found.name).collect());
+        };
+        let walk = move || {
+            let mut names = Vec::new();
+            walk(&folder, &mut |path, _| {
+                let parts = path.strip_prefix(&folder).into_iter().flatten();
+                names.push(parts.map(|part| part.to_string_lossy()).collect::<Vec<_>>().join("/"));
+            });
+            names.sort();
+            names
+        };
+        blocking(walk).await.map_err(|problem| self.failed("list", "everything", problem))
+    }
+
     /// Removes an object; one that is not there is no error.
     pub async fn delete(&self, name: &str) -> Result<(), StorageError> {
         let path = self.path(name);
@@ -300,25 +318,36 @@ pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send 
     tokio::task::spawn_blocking(work).await.map_err(|e| format!("a task of this process did not end: {e}"))
 }
 
-/// The staged files of `object_store` are named NAME#NUMBER beside the object they were to become.
-fn sweep_folder(folder: &FilePath, now: SystemTime) {
+/// The object that a file was staged for: the staged files of `object_store` are named NAME#NUMBER beside the object that
+/// they were to become.
+pub(crate) fn staged_for(name: &str) -> Option<&str> {
+    let (folder, file) = name.rsplit_once('/').map_or((0, name), |(folder, file)| (folder.len() + 1, file));
+    let (object, number) = file.split_once('#')?;
+    let staged = !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit());
+    staged.then(|| name.get(..folder + object.len())).flatten()
+}
+
+/// Every file below a folder. Links are not followed.
+fn walk(folder: &FilePath, visit: &mut impl FnMut(&FilePath, &std::fs::DirEntry)) {
     let Ok(entries) = std::fs::read_dir(folder) else { return };
     for entry in entries.flatten() {
-        let path = entry.path();
-        let Ok(kind) = entry.file_type() else { continue };
-        if kind.is_dir() {
-            sweep_folder(&path, now);
-            continue;
-        }
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let staged =
-            name.rsplit_once('#').is_some_and(|(_, n)| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()));
-        let modified = entry.metadata().and_then(|meta| meta.modified());
-        let old = modified.is_ok_and(|at| now.duration_since(at).is_ok_and(|age| age > STAGED_AGE));
-        if staged && old && std::fs::remove_file(&path).is_ok() {
-            tracing::info!(path = %path.display(), "removed what a put left that was broken off");
+        match entry.file_type() {
+            Ok(kind) if kind.is_dir() => walk(&entry.path(), visit),
+            Ok(kind) if kind.is_file() => visit(&entry.path(), &entry),
+            _ => {}
         }
     }
+}
+
+fn sweep_folder(folder: &FilePath, now: SystemTime) {
+    walk(folder, &mut |path, entry| {
+        let staged = staged_for(&entry.file_name().to_string_lossy()).is_some();
+        let modified = entry.metadata().and_then(|meta| meta.modified());
+        let old = modified.is_ok_and(|at| now.duration_since(at).is_ok_and(|age| age > STAGED_AGE));
+        if staged && old && std::fs::remove_file(path).is_ok() {
+            tracing::info!(path = %path.display(), "removed what a put left that was broken off");
+        }
+    });
 }
 
 /// The innermost sentence: outer ones repeat names and say "Generic error".

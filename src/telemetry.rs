@@ -148,10 +148,16 @@ pub fn describe_all() {
 pub enum InstallError {
     /// A histogram's buckets are malformed.
     #[error("cannot build the metrics recorder: {0}")]
-    Build(#[from] BuildError),
+    Build(BuildError),
     /// Another recorder came first.
     #[error("a metrics recorder is already installed in this process")]
     AlreadyInstalled,
+}
+
+impl From<BuildError> for InstallError {
+    fn from(error: BuildError) -> Self {
+        Self::Build(error)
+    }
 }
 
 /// Installs the process's metrics recorder; the handle renders it as Prometheus text.

@@ -145,6 +145,7 @@ async fn a_second_daemon_on_the_same_port_fails_at_once() {
         let (output, errors) = run_to_end(&arguments, &[]);
         assert_eq!(output.status.code(), Some(1));
         assert!(errors.contains("error: cannot listen on") && errors.contains("another"), "{errors}");
+        assert_eq!(errors.matches("in use").count(), 1, "{errors}");
     }
     // The first one never noticed.
     daemon.client().await.describe().await.unwrap();

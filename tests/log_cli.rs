@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use dreamfeed::log::{Log, LogOptions, Maker, Retention};
+use dreamfeed::model::checkpoint::hex;
 use dreamfeed::model::source::Geometry;
 use dreamfeed::storage::Storage;
 use dreamfeed::students::{PushHeader, Requirements, StudentLimits, StudentStore};
@@ -256,6 +257,35 @@ fn every_kind_of_damage_is_found_and_named() {
 }
 
 #[test]
+fn what_has_no_business_in_a_store_is_named_wherever_it_lies() {
+    let store = Store::whole(2);
+    store.push_student();
+    let names = ["x/y", "notes.txt", "log/chunks/notes.txt#1", "log/other/z", "students.bak/1"];
+    let remains = "log/chunks/00000000000000000024.safetensors#1";
+    for name in names.iter().chain(&[remains]) {
+        let path = store.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, "hello").unwrap();
+    }
+    let (code, report) = store.verify();
+    let of_kind = |kind: &str| -> Vec<String> {
+        let findings = report["findings"].as_array().unwrap().iter().filter(|finding| finding["kind"] == kind);
+        findings.map(|finding| finding["object"].as_str().unwrap().to_owned()).collect()
+    };
+    let mut strange = of_kind("strange");
+    strange.sort();
+    let mut expected = names.map(str::to_owned);
+    expected.sort();
+    assert_eq!((code, strange, &report["problems"]), (1, expected.to_vec(), &json!(5)));
+    // Nothing is wrong with a put that was broken off.
+    assert_eq!(of_kind("remains"), [remains]);
+    for name in names {
+        std::fs::remove_file(store.path().join(name)).unwrap();
+    }
+    assert_eq!(store.verify().0, 0);
+}
+
+#[test]
 fn a_newer_chunk_hides_nothing_else() {
     let store = Store::whole(4);
     let format = b"dreamfeed.chunk.v1";
@@ -319,6 +349,35 @@ fn an_overlap_and_a_chunk_of_another_log_are_found() {
     std::fs::remove_file(store.chunk(6)).unwrap();
     std::fs::write(store.chunk(4), replaced(&ours, &theirs)).unwrap();
     assert_eq!(store.findings(), (1, vec![json!(["foreign", 4, 8])]));
+}
+
+/// An image of a class that the teacher does not have, in a chunk whose checksum is right.
+fn misclassify(path: &Path) {
+    let mut bytes = std::fs::read(path).unwrap();
+    let data = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let digest = |bytes: &[u8]| hex(&Sha256::digest(&bytes[data..]));
+    let old = digest(&bytes);
+    // Labels come first.
+    bytes[data..data + 8].copy_from_slice(&(CLASSES as i64).to_le_bytes());
+    let new = digest(&bytes);
+    let at = bytes.windows(old.len()).position(|window| window == old.as_bytes()).unwrap();
+    bytes[at..at + new.len()].copy_from_slice(new.as_bytes());
+    std::fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn an_image_of_an_impossible_class_is_damage() {
+    let store = Store::whole(4);
+    misclassify(&store.chunk(8));
+    assert_eq!(store.findings(), (1, vec![json!(["header", 8, 12])]));
+    for format in ["folder", "webdataset", "parquet"] {
+        let (output, out) = store.export(format, &[]);
+        assert_eq!(output.status.code(), Some(1));
+        let error = text(&output.stderr);
+        assert!(error.contains("left out log/chunks/00000000000000000008") && error.contains("class 12"), "{error}");
+        assert!(text(&output.stdout).starts_with("12 images"), "{output:?}");
+        assert!(files(&out).keys().all(|path| !path.to_str().unwrap().ends_with(".partial")));
+    }
 }
 
 #[test]
@@ -428,10 +487,16 @@ fn mistakes_are_told_in_one_sentence() {
     assert_fails(&store.export("folder", &["--classes", "3,12"]).0, 1, &["there is no class 12", "0 to 11"]);
     let (output, out) = store.export("folder", &["--from", "4"]);
     assert_fails(&output, 1, &["no image that was asked for"]);
+    assert!(output.stdout.is_empty(), "{output:?}");
     assert!(!out.exists());
     assert_fails(&store.export("folder", &["--shard-images", "4"]).0, 2, &["--shard-images"]);
     assert_fails(&store.export("parquet", &["--from", "4", "--to", "4"]).0, 2, &["--from 4", "--to 4"]);
     assert_eq!(store.log(&["show", "first"]).status.code(), Some(2));
+    // Of a version to come: what it calls its fields is its business.
+    std::fs::write(store.path().join("log/log.json"), r#"{"format":"dreamfeed.log.v9","id":"x"}"#).unwrap();
+    assert_fails(&store.log(&["ls"]), 1, &["dreamfeed.log.v9", "use the version that wrote it"]);
+    std::fs::write(store.path().join("log/log.json"), r#"{"format":"dreamfeed.log.v1","id":"x"}"#).unwrap();
+    assert_fails(&store.log(&["ls"]), 1, &["log/log.json is damaged", "restore that file"]);
     assert_eq!(store.export("zip", &[]).0.status.code(), Some(2));
 }
 

@@ -137,3 +137,25 @@ fn validation_names_every_value() {
         assert!(problems.iter().any(|problem| problem.contains(part)), "{part} is not in {problems:#?}");
     }
 }
+
+#[test]
+fn a_seed_set_counts_in_whole_chunks() {
+    let teacher = Some(std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/teacher.safetensors"));
+    let seed_problems = |max_images, seed_images| {
+        let options = ServeOptions {
+            teacher: teacher.clone(),
+            log: LogOptions { max_images: Some(max_images), seed_images: Some(seed_images), ..LogOptions::default() },
+            synthesis: SynthesisOptions { batch_size: Some(48), ..SynthesisOptions::default() },
+            ..ServeOptions::default()
+        };
+        let mut problems = Vec::new();
+        let config = Config::resolve(&options, &mut problems);
+        assert!(config.is_some(), "{problems:?}");
+        problems.retain(|problem| problem.contains("log.seed_images"));
+        problems
+    };
+    assert_eq!(seed_problems(96, 50), Vec::<String>::new());
+    let problems = seed_problems(72, 50);
+    assert!(problems.len() == 1 && problems[0].contains("that are 96"), "{problems:?}");
+    assert_eq!(seed_problems(72, 100).len(), 1);
+}

@@ -113,7 +113,8 @@ pub fn draw_rows(
             let cumulative: Vec<f64> = rows
                 .iter()
                 .map(|row| {
-                    let value = competition.get(*row as usize).map_or(0.0, |bytes| crate::log::chunk::finite(*bytes));
+                    let value =
+                        competition.get(*row as usize).map_or(0.0, |bytes| f64::from(f32::from_le_bytes(*bytes)));
                     sum += value + COMPETITION_FLOOR;
                     sum
                 })

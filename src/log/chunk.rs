@@ -11,8 +11,9 @@ use bytes::Bytes;
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 use sha2::{Digest, Sha256};
+use uuid::Uuid;
 
-use super::LogIdentity;
+use super::{LogIdentity, Origin};
 use crate::model::checkpoint::{Checkpoint, CheckpointError, TensorToWrite, encode, hex};
 use crate::model::source::Geometry;
 use crate::synthesis::batch::DreamBatch;
@@ -25,6 +26,11 @@ pub const FORMAT: &str = "dreamfeed.chunk.v1";
 /// the index wants to know.
 const ORDER: [&str; 5] = ["labels", "student_version", "competition", "teacher_logits", "images"];
 
+/// No sequence is so large: the contract's `sequence` is an i64, and nothing that counts on from a chunk may overflow.
+pub(super) const SEQUENCES: u64 = i64::MAX as u64;
+/// A divergence is at most ln 2; so much more may come from rounding.
+const MOST_COMPETITION: f32 = std::f32::consts::LN_2 + 1e-3;
+
 /// Why a batch cannot become a chunk, or bytes are none.
 #[derive(Debug, thiserror::Error)]
 pub enum ChunkError {
@@ -33,7 +39,7 @@ pub enum ChunkError {
     Inconsistent(String),
     /// Not safetensors.
     #[error("it does not parse: {0}")]
-    Parse(#[from] CheckpointError),
+    Parse(CheckpointError),
     /// safetensors, but not what a chunk must hold.
     #[error("it is damaged: {0}")]
     Damaged(String),
@@ -47,6 +53,17 @@ pub enum ChunkError {
         /// The images that its header tells of.
         count: Option<u64>,
     },
+    /// Its bytes are those that were written, and one of its images is impossible.
+    #[error("it is damaged: {problem}")]
+    Impossible {
+        /// Which image, and what of it.
+        problem: String,
+        /// The images in it.
+        count: u32,
+    },
+    /// It is intact, and belongs elsewhere.
+    #[error("{0}")]
+    Foreign(String),
     /// Written by software that knows more than this.
     #[error(
         "its format is {found:?}, which this version of dreamfeed does not read; it reads {FORMAT}, so use the version \
@@ -59,6 +76,12 @@ pub enum ChunkError {
     /// A position outside the chunk.
     #[error("sequence {0} lies outside the chunk")]
     Outside(u64),
+}
+
+impl From<CheckpointError> for ChunkError {
+    fn from(error: CheckpointError) -> Self {
+        Self::Parse(error)
+    }
 }
 
 /// What the index keeps of a chunk, all of it from the chunk's first kilobytes.
@@ -82,6 +105,8 @@ pub struct Summary {
     pub data_sha256: String,
     /// The teacher whose logits it holds.
     pub teacher_sha256: String,
+    /// The log that it was made for.
+    pub log_id: Uuid,
 }
 
 /// One immutable chunk, its layout checked. Cloning shares the bytes.
@@ -164,7 +189,14 @@ impl Chunk {
             ("settings".to_owned(), batch.settings.to_string()),
             ("created_at".to_owned(), humantime::format_rfc3339_millis(batch.created_at).to_string()),
         ]);
-        Self::checked(write(&parts, metadata, first_sequence, count))
+        // What no reader would take is not written either.
+        let checked = Self::checked(write(&parts, metadata, first_sequence, count));
+        checked.and_then(|chunk| chunk.check(first_sequence, &log.origin()).map(|()| chunk)).map_err(|error| {
+            match error {
+                ChunkError::Impossible { problem, .. } => ChunkError::Inconsistent(problem),
+                other => other,
+            }
+        })
     }
 
     /// Reads a chunk and checks everything in it, its checksum too. Hashes: call it where blocking is allowed.
@@ -181,18 +213,15 @@ impl Chunk {
         Ok(this)
     }
 
-    /// Whether it is the chunk at this place of a log with such images and so many logits; the error says why not.
-    pub(super) fn check(&self, first_sequence: u64, geometry: Geometry, num_classes: usize) -> Result<(), String> {
-        if self.first_sequence() != first_sequence {
-            return Err(format!("it says that its first sequence is {}", self.first_sequence()));
+    /// Whether it is the chunk at this place of this log, and every image in it is possible.
+    pub(super) fn check(&self, first_sequence: u64, origin: &Origin<'_>) -> Result<(), ChunkError> {
+        if (self.geometry, self.num_classes) != (origin.geometry, origin.num_classes) {
+            return Err(ChunkError::Foreign(format!(
+                "it holds images of {} with {} logits, and the log {} with {}",
+                self.geometry, self.num_classes, origin.geometry, origin.num_classes
+            )));
         }
-        if (self.geometry, self.num_classes) != (geometry, num_classes) {
-            return Err(format!(
-                "it holds images of {:?} with {} logits, and the log {geometry:?} with {num_classes}",
-                self.geometry, self.num_classes
-            ));
-        }
-        Ok(())
+        self.summary.check(first_sequence, origin)
     }
 
     /// As [`Self::parse`], without the checksum.
@@ -350,6 +379,11 @@ impl Summary {
         let first_sequence = number("first_sequence")?;
         let count = u32::try_from(number("count")?).ok().filter(|count| *count > 0);
         let count = count.ok_or_else(|| ChunkError::Damaged("its metadata has no usable count".into()))?;
+        if first_sequence.checked_add(u64::from(count)).is_none_or(|end| end > SEQUENCES) {
+            return Err(ChunkError::Damaged(format!("its metadata has first_sequence {first_sequence}")));
+        }
+        let id = get("log_id")?;
+        let log_id = id.parse().map_err(|_| ChunkError::Damaged(format!("its metadata has log_id {id:?}")))?;
         let created = get("created_at")?;
         let created_at = humantime::parse_rfc3339(&created)
             .map_err(|_| ChunkError::Damaged(format!("its metadata has created_at {created:?}")))?;
@@ -364,31 +398,61 @@ impl Summary {
         let (versions, _) = column("student_version", Dtype::I64)?.as_chunks::<8>();
         let (competition, _) = column("competition", Dtype::F32)?.as_chunks::<4>();
         let mut classes = BTreeMap::<u32, (u32, f32)>::new();
-        for (label, competition) in labels.iter().zip(competition) {
-            let class = u32::try_from(i64::from_le_bytes(*label)).unwrap_or(u32::MAX);
+        let (mut total, mut oldest, mut newest) = (0.0, i64::MAX, 0);
+        for (sequence, ((label, version), competition)) in
+            (first_sequence..).zip(labels.iter().zip(versions).zip(competition))
+        {
+            let impossible =
+                |what: String| ChunkError::Impossible { problem: format!("image {sequence} has {what}"), count };
+            let label = i64::from_le_bytes(*label);
+            let class = u32::try_from(label).map_err(|_| impossible(format!("class {label}")))?;
+            let version = i64::from_le_bytes(*version);
+            if version < 0 {
+                return Err(impossible(format!("student version {version}")));
+            }
+            let competition = f32::from_le_bytes(*competition);
+            if !(0.0..=MOST_COMPETITION).contains(&competition) {
+                return Err(impossible(format!("competition {competition}, which is no divergence in nats")));
+            }
+            (oldest, newest) = (version.min(oldest), version.max(newest));
+            total += f64::from(competition);
             let entry = classes.entry(class).or_default();
             entry.0 += 1;
-            entry.1 += finite(*competition) as f32;
+            entry.1 += competition;
         }
-        let versions = versions.iter().map(|bytes| i64::from_le_bytes(*bytes));
         Ok(Self {
             first_sequence,
             count,
             created_at,
-            competition: competition.iter().map(|bytes| finite(*bytes)).sum(),
-            student_versions: (versions.clone().min().unwrap_or(0), versions.max().unwrap_or(0)),
+            competition: total,
+            student_versions: (oldest, newest),
             classes: classes.into_iter().map(|(class, (count, sum))| (class, count, sum)).collect(),
             replica: get("replica")?,
             data_sha256: get("data_sha256")?,
             teacher_sha256: get("teacher_sha256")?,
+            log_id,
         })
     }
-}
 
-/// A divergence as a weight: what is not a finite number from 0 counts as 0.
-pub(crate) fn finite(competition: [u8; 4]) -> f64 {
-    let value = f64::from(f32::from_le_bytes(competition));
-    if value.is_finite() { value.max(0.0) } else { 0.0 }
+    /// Whether it is of the chunk at this place of this log.
+    pub(super) fn check(&self, first_sequence: u64, origin: &Origin<'_>) -> Result<(), ChunkError> {
+        if (self.log_id, self.teacher_sha256.as_str()) != (origin.log_id, origin.teacher_sha256) {
+            return Err(ChunkError::Foreign(format!(
+                "it is of the log {} and the teacher {}, not of the log {} and the teacher {}",
+                self.log_id, self.teacher_sha256, origin.log_id, origin.teacher_sha256
+            )));
+        }
+        if self.first_sequence != first_sequence {
+            return Err(ChunkError::Damaged(format!("it says that its first sequence is {}", self.first_sequence)));
+        }
+        match self.classes.last() {
+            Some((class, ..)) if *class as usize >= origin.num_classes => Err(ChunkError::Impossible {
+                problem: format!("an image has class {class}, and the teacher only {}", origin.num_classes),
+                count: self.count,
+            }),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// The file: header length, header, data. Parts come in [`ORDER`].

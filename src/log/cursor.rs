@@ -8,6 +8,8 @@ use bytes::Bytes;
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
+use super::chunk::SEQUENCES;
+
 const VERSION: u8 = 1;
 const BODY: usize = 25;
 const LENGTH: usize = 29;
@@ -48,5 +50,9 @@ pub(super) fn decode(log_id: Uuid, cursor: &[u8]) -> Result<u64, CursorError> {
     let (id, sequence) = rest.split_at(16);
     let id = Uuid::from_slice(id).map_err(|_| CursorError::Malformed("its log id is malformed"))?;
     let sequence = sequence.try_into().map_err(|_| CursorError::Malformed("its sequence is malformed"))?;
-    if id == log_id { Ok(u64::from_be_bytes(sequence)) } else { Err(CursorError::OtherLog(id)) }
+    let sequence = u64::from_be_bytes(sequence);
+    if sequence > SEQUENCES {
+        return Err(CursorError::Malformed("its sequence is larger than any that a log has"));
+    }
+    if id == log_id { Ok(sequence) } else { Err(CursorError::OtherLog(id)) }
 }

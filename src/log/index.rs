@@ -62,7 +62,7 @@ pub enum Located {
         /// [`Extent::first_sequence`].
         first_sequence: u64,
     },
-    /// The image was damaged, and its chunk put into quarantine.
+    /// The image is lost: its chunk is damaged, and in quarantine, or it is missing.
     Lost {
         /// The next sequence behind the damage.
         next_sequence: u64,

@@ -2,7 +2,7 @@
 
 use futures_util::stream::{self, Stream, StreamExt};
 
-use super::{Chunk, Entry, Identity, OpenError, open};
+use super::{Chunk, ChunkError, Entry, Identity, OpenError, open};
 use crate::storage::{Storage, StorageError, blocking};
 
 /// Chunks that are read ahead of the one in use.
@@ -36,6 +36,8 @@ pub struct Damaged {
     pub end: u64,
     /// What is wrong.
     pub problem: String,
+    /// Whether it is intact, and another log's.
+    pub foreign: bool,
 }
 
 /// Why a chunk cannot be looked at.
@@ -83,6 +85,7 @@ pub async fn inspect(storage: &Storage) -> Result<Option<Inspection>, OpenError>
         first_sequence: head.first,
         end: head.end,
         problem: head.error.to_string(),
+        foreign: matches!(head.error, ChunkError::Foreign(_)),
     });
     Ok(Some(Inspection {
         identity: contents.identity,
@@ -105,28 +108,20 @@ pub fn object_name(first_sequence: u64) -> String {
     open::chunk_name(first_sequence)
 }
 
-/// Reads the chunk that begins with a sequence, verifies its checksum, and that it is one of this log's.
+/// Reads the chunk that begins with a sequence, verifies its checksum, that it is one of this log's, and that every image
+/// in it is possible.
 pub async fn load(storage: &Storage, log: &Identity, first_sequence: u64) -> Result<Chunk, InspectError> {
     let name = open::chunk_name(first_sequence);
     let Some(object) = storage.get(&name).await? else { return Err(InspectError::Missing(name)) };
     let chunk = match blocking(move || Chunk::parse(object)).await {
-        Ok(Ok(chunk)) => chunk,
-        Ok(Err(error)) => return Err(InspectError::Damaged { name, problem: error.to_string() }),
+        Ok(chunk) => chunk,
         Err(problem) => return Err(InspectError::Damaged { name, problem }),
     };
-    let id = log.log_id.to_string();
-    let origin = || match (chunk.metadata().get("log_id"), &chunk.summary.teacher_sha256) {
-        (Some(found), teacher) if *found == id && *teacher == log.teacher_sha256 => Ok(()),
-        (found, teacher) => Err(format!(
-            "it is of the log {} and the teacher {teacher}, not of the log {id} and the teacher {}",
-            found.map_or("of no name", String::as_str),
-            log.teacher_sha256
-        )),
-    };
-    match chunk.check(first_sequence, log.geometry(), log.num_classes).and_then(|()| origin()) {
-        Ok(()) => Ok(chunk),
-        Err(problem) => Err(InspectError::Foreign { name, problem }),
-    }
+    let checked = chunk.and_then(|chunk| chunk.check(first_sequence, &log.origin()).map(|()| chunk));
+    checked.map_err(|error| match error {
+        ChunkError::Foreign(problem) => InspectError::Foreign { name, problem },
+        damaged => InspectError::Damaged { name, problem: damaged.to_string() },
+    })
 }
 
 /// The chunk that holds an image.

@@ -27,6 +27,7 @@ use std::time::{Duration, Instant, SystemTime};
 use bytes::Bytes;
 use metrics::{counter, histogram};
 use tokio::sync::watch;
+use tokio::time::MissedTickBehavior;
 use uuid::Uuid;
 
 use crate::model::source::Geometry;
@@ -49,7 +50,7 @@ const FOLLOW: Duration = Duration::from_secs(2);
 /// the sequence that it takes for the next one may have been used by another replica, and evicted again. So what retention
 /// keeps must be more than all replicas make within this and one put.
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
-/// How often retention by age is looked after, and remains are swept.
+/// How often retention by age is looked after, what other replicas evicted is noticed, and remains are swept.
 const UPKEEP: Duration = Duration::from_secs(30);
 
 /// What every chunk of a log says of itself.
@@ -65,6 +66,22 @@ pub struct LogIdentity {
     pub geometry: Geometry,
     /// K.
     pub num_classes: usize,
+}
+
+impl LogIdentity {
+    fn origin(&self) -> Origin<'_> {
+        let Self { log_id, teacher_sha256, geometry, num_classes, .. } = self;
+        Origin { log_id: *log_id, teacher_sha256, geometry: *geometry, num_classes: *num_classes }
+    }
+}
+
+/// What a log asks of its chunks.
+#[derive(Clone, Copy, Debug)]
+struct Origin<'a> {
+    log_id: Uuid,
+    teacher_sha256: &'a str,
+    geometry: Geometry,
+    num_classes: usize,
 }
 
 /// How a log is kept.
@@ -93,7 +110,7 @@ pub enum ReadError {
     /// It was evicted while it was being looked for.
     #[error("it was evicted")]
     Gone,
-    /// It is damaged, and now in quarantine.
+    /// It is damaged, or another log's, and now in quarantine.
     #[error("it is damaged")]
     Damaged,
     /// The storage does not answer; trying again may help.
@@ -153,6 +170,10 @@ impl Log {
         loop {
             let asked = Instant::now();
             let first_sequence = self.extent().next_sequence;
+            if first_sequence.checked_add(batch.count() as u64).is_none_or(|end| end > chunk::SEQUENCES) {
+                let problem = "its sequences are used up, give another --store".to_owned();
+                return Err(self.cannot_append("append to", open::CHUNKS.to_owned(), problem));
+            }
             let (batch, identity) = (batch.clone(), self.identity.clone());
             let encode = move || Chunk::encode(&batch, first_sequence, &identity);
             let chunk = blocking(encode).await.map_err(ChunkError::Inconsistent)??;
@@ -199,18 +220,13 @@ impl Log {
         else {
             return Ok(false);
         };
-        let entry = match open::read_head(&self.storage, &found).await {
+        let entry = match open::read_head(&self.storage, &found, first_sequence, &self.identity.origin()).await {
             Ok(Some(entry)) => entry,
             Ok(None) => return Ok(false),
             Err(open::HeadError::Storage(error)) => return Err(error.into()),
             Err(open::HeadError::Chunk(error @ ChunkError::UnknownFormat { .. })) => {
                 // Of a newer replica. Nothing may be written after what we cannot read.
-                return Err(AppendError::Storage(StorageError::Call {
-                    action: "append after",
-                    name: found.name,
-                    location: self.storage.location().to_owned(),
-                    problem: error.to_string(),
-                }));
+                return Err(self.cannot_append("append after", found.name, error.to_string()));
             }
             Err(open::HeadError::Chunk(error)) => {
                 self.set_aside(first_sequence, &error).await;
@@ -224,14 +240,20 @@ impl Log {
         Ok(false)
     }
 
+    fn cannot_append(&self, action: &'static str, name: String, problem: String) -> AppendError {
+        let location = self.storage.location().to_owned();
+        AppendError::Storage(StorageError::Call { action, name, location, problem })
+    }
+
     /// Quarantine for what was to be the next chunk and cannot be read; none of the sequences that it may have is given
     /// again.
     async fn set_aside(&self, first_sequence: u64, error: &ChunkError) {
-        let count = open::most_images(error, self.identity.geometry, self.identity.num_classes);
-        self.quarantine(first_sequence, count, &error.to_string()).await;
+        let count = open::most_images(error, &self.identity.origin());
+        let end = first_sequence.saturating_add(count).min(chunk::SEQUENCES);
+        self.quarantine(first_sequence, end - first_sequence, &error.to_string()).await;
         let next = {
             let mut index = self.index_mut();
-            index.mark_lost(first_sequence, first_sequence.saturating_add(count));
+            index.mark_lost(first_sequence, end);
             index.extent().next_sequence
         };
         self.wake(next);
@@ -268,9 +290,11 @@ impl Log {
         let asked = Instant::now();
         let newest = self.index().entries().next_back().map(|entry| entry.summary.first_sequence);
         let after = newest.map(open::chunk_name);
+        let origin = self.identity.origin();
         for found in self.storage.list(open::CHUNKS, after.as_deref()).await? {
-            match open::read_head(&self.storage, &found).await {
-                Ok(Some(entry)) if entry.summary.first_sequence >= self.extent().next_sequence => self.take(entry),
+            let Some(first) = open::first_sequence(&found.name) else { continue };
+            match open::read_head(&self.storage, &found, first, &origin).await {
+                Ok(Some(entry)) if first >= self.extent().next_sequence => self.take(entry),
                 Ok(_) => {}
                 Err(open::HeadError::Storage(error)) => return Err(error),
                 Err(open::HeadError::Chunk(error @ ChunkError::UnknownFormat { .. })) => {
@@ -278,11 +302,15 @@ impl Log {
                     tracing::debug!(%error, name = %found.name, "a newer replica's chunk");
                     return Ok(());
                 }
-                // Left where it is, it would hide from this daemon's readers whatever comes after it.
-                Err(open::HeadError::Chunk(error)) => match open::first_sequence(&found.name) {
-                    Some(first) if first >= self.extent().next_sequence => self.set_aside(first, &error).await,
-                    _ => tracing::debug!(%error, name = %found.name, "not a chunk of this log"),
-                },
+                Err(open::HeadError::Chunk(error)) => {
+                    let end = first.saturating_add(open::most_images(&error, &origin));
+                    if first >= self.extent().next_sequence && end <= chunk::SEQUENCES {
+                        // Left where it is, it would hide from this daemon's readers whatever comes after it.
+                        self.set_aside(first, &error).await;
+                    } else {
+                        tracing::debug!(%error, name = %found.name, "not a chunk of this log");
+                    }
+                }
             }
         }
         self.set_looked(asked);
@@ -325,23 +353,32 @@ impl Log {
         failed.map_or(Ok(()), Err)
     }
 
-    /// Follows other replicas and looks after retention, until dropped.
+    /// Follows other replicas, what they append and what they let go of, and looks after retention, until dropped.
     pub async fn upkeep(self: Arc<Self>) {
-        let mut follow = tokio::time::interval(FOLLOW);
-        let mut upkeep = tokio::time::interval(UPKEEP);
+        let every = |period| {
+            let mut interval = tokio::time::interval(period);
+            // A storage that was slow for a while is not asked again and again at once.
+            interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            interval
+        };
+        let (mut follow, mut upkeep) = (every(FOLLOW), every(UPKEEP));
         loop {
             let done = tokio::select! {
                 _ = follow.tick() => self.refresh().await,
-                _ = upkeep.tick() => {
-                    self.storage.sweep().await;
-                    self.retain().await
-                }
+                _ = upkeep.tick() => self.tend().await,
             };
             if let Err(error) = done {
                 counter!(telemetry::STORAGE_ERRORS, "operation" => "upkeep").increment(1);
                 tracing::warn!(%error, "the log's upkeep waits for the storage");
             }
         }
+    }
+
+    /// One round of upkeep.
+    async fn tend(&self) -> Result<(), StorageError> {
+        self.storage.sweep().await;
+        self.let_go().await?;
+        self.retain().await
     }
 
     /// What lies at a position.
@@ -371,9 +408,9 @@ impl Log {
                 return Err(ReadError::Gone);
             };
             match blocking(move || Chunk::parse(object)).await.map_err(ReadError::Storage)? {
-                Ok(chunk) => match chunk.check(first_sequence, self.identity.geometry, self.identity.num_classes) {
+                Ok(chunk) => match chunk.check(first_sequence, &self.identity.origin()) {
                     Ok(()) => return Ok(Arc::new(chunk)),
-                    Err(why) => problem = why,
+                    Err(error) => problem = error.to_string(),
                 },
                 Err(error) => problem = error.to_string(),
             }
@@ -383,20 +420,20 @@ impl Log {
         Err(ReadError::Damaged)
     }
 
-    /// A chunk is gone that this daemon did not evict. Another replica did, and hardly this one alone: takes everything out
-    /// of the index that is not in the storage any more, so that readers are told where they can really go on.
+    /// Takes everything out of the index and the cache that is not in the storage any more and that this daemon did not
+    /// evict: another replica did, and hardly one chunk alone. So readers are told where they can really go on.
     async fn let_go(&self) -> Result<(), StorageError> {
         let known: Vec<u64> = self.index().entries().map(|entry| entry.summary.first_sequence).collect();
         let found = self.storage.list(open::CHUNKS, None).await?;
         let there: BTreeSet<u64> = found.iter().filter_map(|found| open::first_sequence(&found.name)).collect();
-        // Quarantine second: a damaged chunk is there before it is gone from here.
-        let quarantine = self.storage.list(open::QUARANTINE, None).await?;
-        let damaged: BTreeSet<u64> = quarantine
-            .iter()
-            .filter_map(|found| open::stretch(open::QUARANTINE, &found.name))
-            .map(|(first, _)| first)
-            .collect();
-        if there.is_empty() && !known.iter().all(|first| damaged.contains(first)) {
+        let gone: Vec<u64> = known.into_iter().filter(|first| !there.contains(first)).collect();
+        if gone.is_empty() {
+            return Ok(());
+        }
+        // After the chunks: a damaged chunk is in quarantine, and an evicted one on record, before it is gone from here.
+        let quarantine = self.stretches(open::QUARANTINE).await?;
+        let damaged: BTreeSet<u64> = quarantine.into_iter().map(|(first, _)| first).collect();
+        if there.is_empty() && !gone.iter().all(|first| damaged.contains(first)) {
             // Retention never takes the newest chunk: the folder was emptied, or its disk is not mounted any more.
             return Err(StorageError::Call {
                 action: "find",
@@ -405,15 +442,39 @@ impl Log {
                 problem: "no chunk of the log is there any more".to_owned(),
             });
         }
-        let mut index = self.index_mut();
-        for first in known.into_iter().filter(|first| !there.contains(first)) {
-            if damaged.contains(&first) {
-                index.lose(first);
-            } else {
-                index.evict(first);
+        let mut records = Vec::new();
+        let on_record =
+            |records: &[(u64, u64)], first: u64| records.iter().any(|(from, end)| (*from..*end).contains(&first));
+        // One look may miss both the old records and the one that they just became.
+        for _ in 0..3 {
+            records.extend(self.stretches(open::EVICTED).await?);
+            if gone.iter().all(|first| damaged.contains(first) || on_record(&records, *first)) {
+                break;
             }
         }
+        {
+            let mut index = self.index_mut();
+            for first_sequence in gone.iter().copied() {
+                if damaged.contains(&first_sequence) {
+                    index.lose(first_sequence);
+                } else if on_record(&records, first_sequence) {
+                    index.evict(first_sequence);
+                } else {
+                    let images = index.lose(first_sequence);
+                    tracing::error!(first_sequence, images, "a chunk is gone that retention did not let go of");
+                }
+            }
+        }
+        for first in gone {
+            self.cache.remove(first).await;
+        }
         Ok(())
+    }
+
+    /// The stretches of images that the names in a folder tell of.
+    async fn stretches(&self, folder: &str) -> Result<Vec<(u64, u64)>, StorageError> {
+        let found = self.storage.list(folder, None).await?;
+        Ok(found.iter().filter_map(|found| open::stretch(folder, &found.name)).collect())
     }
 
     async fn quarantine(&self, first_sequence: u64, count: u64, problem: &str) {

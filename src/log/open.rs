@@ -9,9 +9,9 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use super::cache::Cache;
-use super::chunk::{Head, Summary};
+use super::chunk::{Head, SEQUENCES, Summary};
 use super::index::Index;
-use super::{ChunkError, Entry, Log, LogIdentity, LogOptions};
+use super::{ChunkError, Entry, Log, LogIdentity, LogOptions, Origin};
 use crate::model::source::Geometry;
 use crate::storage::{Created, Found, Storage, StorageError};
 
@@ -37,7 +37,7 @@ const READERS: usize = 32;
 pub enum OpenError {
     /// The storage failed.
     #[error("the log cannot be opened: {0}")]
-    Storage(#[from] StorageError),
+    Storage(StorageError),
     /// Something lies there that is no log of ours.
     #[error("the log in {location} cannot be opened: {problem}")]
     Refused {
@@ -46,6 +46,13 @@ pub enum OpenError {
         /// What, and what would be right.
         problem: String,
     },
+}
+
+// By hand: what thiserror converts from is a source too, and whoever prints the chain would print it twice.
+impl From<StorageError> for OpenError {
+    fn from(error: StorageError) -> Self {
+        Self::Storage(error)
+    }
 }
 
 /// Why the beginning of a chunk cannot be read.
@@ -69,11 +76,23 @@ pub struct Identity {
     pub num_classes: usize,
 }
 
+/// What the identity of every version has.
+#[derive(Deserialize)]
+struct Versioned {
+    format: String,
+}
+
 impl Identity {
     /// The size of every image.
     pub fn geometry(&self) -> Geometry {
         let [channels, height, width] = self.geometry;
         Geometry { channels, height, width }
+    }
+
+    /// What it asks of its chunks.
+    pub(super) fn origin(&self) -> Origin<'_> {
+        let (geometry, num_classes) = (self.geometry(), self.num_classes);
+        Origin { log_id: self.log_id, teacher_sha256: &self.teacher_sha256, geometry, num_classes }
     }
 }
 
@@ -86,10 +105,11 @@ pub(super) fn quarantine_name(first_sequence: u64, count: u64) -> String {
     format!("{QUARANTINE}{first_sequence:020}-{count}.safetensors")
 }
 
-/// The sequence in a chunk's name.
+/// The sequence in a chunk's name; None where no chunk can have that name.
 pub(super) fn first_sequence(name: &str) -> Option<u64> {
     let digits = name.strip_prefix(CHUNKS)?.strip_suffix(".safetensors")?;
-    (digits.len() == 20).then(|| digits.parse().ok()).flatten()
+    let first = (digits.len() == 20).then(|| digits.parse().ok()).flatten()?;
+    (first < SEQUENCES).then_some(first)
 }
 
 pub(super) fn evicted_name(first: u64, end: u64) -> String {
@@ -101,21 +121,29 @@ pub(super) fn stretch(folder: &str, name: &str) -> Option<(u64, u64)> {
     let name = name.strip_prefix(folder)?;
     let (first, count) = name.strip_suffix(".safetensors").unwrap_or(name).split_once('-')?;
     let first: u64 = first.parse().ok()?;
-    Some((first, first.checked_add(count.parse().ok()?)?))
+    let end = first.checked_add(count.parse().ok()?).filter(|end| *end <= SEQUENCES)?;
+    Some((first, end))
 }
 
 /// No more images than this were in a chunk that cannot be read: its size now says nothing of what it was. Where its
 /// header can be read, that tells; otherwise as many as the largest chunk could hold. Too many only leaves a hole in the
 /// numbers; too few would give numbers twice.
-pub(super) fn most_images(error: &ChunkError, geometry: Geometry, num_classes: usize) -> u64 {
+pub(super) fn most_images(error: &ChunkError, origin: &Origin<'_>) -> u64 {
     match error {
         ChunkError::Length { count: Some(count), .. } => (*count).max(1),
-        _ => MAX_CHUNK_BYTES / (geometry.pixels() + 4 * num_classes + 20) as u64 + 1,
+        ChunkError::Impossible { count, .. } => u64::from(*count),
+        // What lies there in its place says nothing of it.
+        _ => MAX_CHUNK_BYTES / (origin.geometry.pixels() + 4 * origin.num_classes + 20) as u64 + 1,
     }
 }
 
-/// Reads the beginning of a chunk; None where it is gone.
-pub(super) async fn read_head(storage: &Storage, found: &Found) -> Result<Option<Entry>, HeadError> {
+/// Reads the beginning of the chunk with this first sequence; None where it is gone.
+pub(super) async fn read_head(
+    storage: &Storage,
+    found: &Found,
+    first_sequence: u64,
+    origin: &Origin<'_>,
+) -> Result<Option<Entry>, HeadError> {
     if found.bytes == 0 {
         // A store refuses an empty range, which would look like a fault of the store.
         return Err(HeadError::Chunk(ChunkError::Damaged("it is empty".into())));
@@ -128,12 +156,9 @@ pub(super) async fn read_head(storage: &Storage, found: &Found) -> Result<Option
             return Ok(None);
         };
         match Summary::from_head(&head, found.bytes).map_err(HeadError::Chunk)? {
-            Head::Summary(summary) if Some(summary.first_sequence) == first_sequence(&found.name) => {
-                return Ok(Some(Entry { summary, bytes: found.bytes }));
-            }
             Head::Summary(summary) => {
-                let problem = format!("it says that its first sequence is {}", summary.first_sequence);
-                return Err(HeadError::Chunk(ChunkError::Damaged(problem)));
+                summary.check(first_sequence, origin).map_err(HeadError::Chunk)?;
+                return Ok(Some(Entry { summary, bytes: found.bytes }));
             }
             Head::Longer(more) => wanted = more,
         }
@@ -163,21 +188,32 @@ pub(super) struct DamagedHead {
     pub error: ChunkError,
 }
 
+/// Whether objects of this name are looked at by [`read`], which says what is wrong with them.
+pub(super) fn is_in_the_log(name: &str) -> bool {
+    name == IDENTITY || [CHUNKS, QUARANTINE, EVICTED].iter().any(|folder| name.starts_with(folder))
+}
+
+/// Whether an object of the log can have this name.
+pub(super) fn is_own_name(name: &str) -> bool {
+    let stretches = |folder| stretch(folder, name).is_some();
+    name == IDENTITY || first_sequence(name).is_some() || stretches(QUARANTINE) || stretches(EVICTED)
+}
+
 /// Reads what the log in a storage is; None where there is none.
 pub(super) async fn identity(storage: &Storage) -> Result<Option<Identity>, OpenError> {
     let refused = |problem| OpenError::Refused { location: storage.location().to_owned(), problem };
     let Some(identity) = storage.get(IDENTITY).await? else {
         return Ok(None);
     };
-    let identity: Identity = serde_json::from_slice(&identity)
-        .map_err(|e| refused(format!("{IDENTITY} is damaged ({e}); restore that file, or give another --store")))?;
-    if identity.format != FORMAT {
+    let damaged = |e| refused(format!("{IDENTITY} is damaged ({e}); restore that file, or give another --store"));
+    // First, and alone: another version may have other fields.
+    let Versioned { format } = serde_json::from_slice(&identity).map_err(damaged)?;
+    if format != FORMAT {
         return Err(refused(format!(
-            "its format is {:?}, and this version of dreamfeed reads {FORMAT}; use the version that wrote it",
-            identity.format
+            "its format is {format:?}, and this version of dreamfeed reads {FORMAT}; use the version that wrote it"
         )));
     }
-    Ok(Some(identity))
+    serde_json::from_slice(&identity).map(Some).map_err(damaged)
 }
 
 /// Reads what the log in a storage is and holds; None where there is none. Changes nothing.
@@ -196,32 +232,33 @@ pub(super) async fn read(storage: &Storage) -> Result<Option<Contents>, OpenErro
     let mut chunks = Vec::new();
     for found in storage.list(CHUNKS, None).await? {
         match first_sequence(&found.name) {
-            Some(_) => chunks.push(found),
+            Some(first) => chunks.push((first, found)),
             None => contents.strange.push(found.name),
         }
     }
-    let names: Vec<u64> = chunks.iter().filter_map(|found| first_sequence(&found.name)).collect();
+    let names: Vec<u64> = chunks.iter().map(|(first, _)| *first).collect();
+    let origin = contents.identity.origin();
     let heads = stream::iter(chunks)
-        .map(|found| async move { (read_head(storage, &found).await, found) })
+        .map(|(first, found)| async move { (read_head(storage, &found, first, &origin).await, first, found.name) })
         .buffered(READERS)
         .collect::<Vec<_>>()
         .await;
-    let mut damaged = Vec::new();
-    for (head, found) in heads {
+    for (head, first, name) in heads {
         match head {
             Ok(Some(entry)) => contents.entries.push(entry),
             Ok(None) => {}
             Err(HeadError::Storage(error)) => return Err(error.into()),
-            Err(HeadError::Chunk(error)) => damaged.push((found, error)),
+            Err(HeadError::Chunk(error)) => {
+                let most = first.saturating_add(most_images(&error, &origin));
+                // What would take the last sequences away from the log is none of its own.
+                if most > SEQUENCES {
+                    contents.strange.push(name);
+                    continue;
+                }
+                let next = names.iter().copied().find(|next| *next > first);
+                contents.damaged.push(DamagedHead { name, first, end: next.unwrap_or(most).min(most), error });
+            }
         }
-    }
-    for (found, error) in damaged {
-        let Some(first) = first_sequence(&found.name) else { continue };
-        let next = names.iter().copied().find(|next| *next > first);
-        let (geometry, num_classes) = (contents.identity.geometry(), contents.identity.num_classes);
-        let most = first.saturating_add(most_images(&error, geometry, num_classes));
-        let end = next.unwrap_or(most).min(most);
-        contents.damaged.push(DamagedHead { name: found.name, first, end, error });
     }
     // After the chunks: a daemon at work records before it deletes, and what it moves aside in the meantime shows here.
     for (folder, stretches) in [(QUARANTINE, &mut contents.lost), (EVICTED, &mut contents.evicted)] {
@@ -255,6 +292,16 @@ impl Log {
         let contents = match read(&storage).await? {
             Some(contents) => contents,
             None => {
+                let refused = |problem| OpenError::Refused { location: storage.location().to_owned(), problem };
+                let chunks = storage.list(CHUNKS, None).await?;
+                let orphans = chunks.iter().any(|found| first_sequence(&found.name).is_some());
+                // Another replica may have begun it since: chunks come after the identity.
+                if orphans && self::identity(&storage).await?.is_none() {
+                    let problem = format!(
+                        "{IDENTITY} is not there, and chunks are; restore that file, or give another --store"
+                    );
+                    return Err(refused(problem));
+                }
                 let identity = Identity {
                     format: FORMAT.into(),
                     log_id: Uuid::now_v7(),
@@ -265,10 +312,7 @@ impl Log {
                 let json = serde_json::to_vec(&identity).unwrap_or_default();
                 // Another replica may begin it at the same time: who wins decides its id, for both.
                 let _: Created = storage.create(IDENTITY, Bytes::from(json)).await?;
-                read(&storage).await?.ok_or_else(|| OpenError::Refused {
-                    location: storage.location().to_owned(),
-                    problem: format!("{IDENTITY} was written and is not there"),
-                })?
+                read(&storage).await?.ok_or_else(|| refused(format!("{IDENTITY} was written and is not there")))?
             }
         };
         let found = &contents.identity;
@@ -287,14 +331,23 @@ impl Log {
             return Err(OpenError::Refused {
                 location: storage.location().to_owned(),
                 problem: format!(
-                    "it holds images of {:?} with {} logits each, not of {shape:?} with {num_classes}; give the same \
+                    "it holds images of {} with {} logits each, not of {geometry} with {num_classes}; give the same \
                      --image-size again, or another --store",
-                    found.geometry, found.num_classes
+                    found.geometry(),
+                    found.num_classes
                 ),
             });
         }
         for name in &contents.strange {
             tracing::warn!(name, "an object in the log is none of its own; it is left alone");
+        }
+        // One such chunk among ours was put there by mistake. Where there is no other, it is the identity that is wrong.
+        let foreign = contents.damaged.iter().find(|head| matches!(head.error, ChunkError::Foreign(_)));
+        if let (Some(DamagedHead { name, error, .. }), true) = (foreign, contents.entries.is_empty()) {
+            return Err(OpenError::Refused {
+                location: storage.location().to_owned(),
+                problem: format!("{name}: {error}; restore {IDENTITY}, or give another --store"),
+            });
         }
         let mut lost = contents.lost;
         for DamagedHead { name, first, end, error } in &contents.damaged {

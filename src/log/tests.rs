@@ -34,7 +34,7 @@ pub(crate) fn batch(first: u64, count: usize) -> DreamBatch {
         labels: sequences.clone().map(|s| s as i64 % 3).collect(),
         teacher_logits: sequences.clone().flat_map(|s| [s as f32, -(s as f32), 0.5]).collect(),
         student_version: sequences.clone().map(|s| s as i64 / 3).collect(),
-        competition: sequences.map(|s| s as f32 / 100.0).collect(),
+        competition: sequences.map(|s| (s % 64) as f32 / 100.0).collect(),
         geometry: GEOMETRY,
         num_classes: 3,
         synthesizer: "noise",
@@ -98,6 +98,18 @@ fn a_contradictory_batch_is_refused() {
     short.images.pop();
     assert!(matches!(Chunk::encode(&short, 0, &identity()), Err(ChunkError::Inconsistent(_))));
     assert!(matches!(Chunk::encode(&batch(0, 0), 0, &identity()), Err(ChunkError::Inconsistent(_))));
+    let spoils: [fn(&mut DreamBatch); 5] = [
+        |batch| batch.labels[1] = 3,
+        |batch| batch.labels[1] = -1,
+        |batch| batch.competition[1] = f32::NAN,
+        |batch| batch.competition[1] = 0.7,
+        |batch| batch.student_version[1] = -1,
+    ];
+    for spoil in spoils {
+        let mut impossible = batch(0, 4);
+        spoil(&mut impossible);
+        assert!(matches!(Chunk::encode(&impossible, 0, &identity()), Err(ChunkError::Inconsistent(_))));
+    }
 }
 
 #[test]
@@ -131,7 +143,7 @@ fn a_log_outlives_its_process_and_belongs_to_one_teacher() {
         assert!(error.contains("abababababab") && error.contains("--store"), "{error}");
         let other = Maker { num_classes: 4, ..maker() };
         let error = Log::open(storage.clone(), options, other).await.unwrap_err().to_string();
-        assert!(error.contains("[1, 2, 4] with 3 logits"), "{error}");
+        assert!(error.contains("1x2x4 with 3 logits"), "{error}");
     });
 }
 
@@ -230,6 +242,148 @@ fn damage_is_quarantined_and_a_reader_is_told() {
     });
 }
 
+async fn replace(storage: &Storage, first: u64, object: Bytes) {
+    storage.delete(&open::chunk_name(first)).await.unwrap();
+    assert_eq!(storage.create(&open::chunk_name(first), object).await.unwrap(), Created::Yes);
+}
+
+#[test]
+fn a_chunk_of_another_log_or_teacher_is_damage() {
+    run(async {
+        for other in [0, 1] {
+            let storage = Storage::open("memory:").unwrap();
+            let log = open_in(&storage, Retention::default()).await;
+            fill(&log, &[4, 3, 5]).await;
+            let ours = log.identity().clone();
+            let theirs = match other {
+                0 => LogIdentity { log_id: Uuid::from_u128(9), ..ours },
+                _ => LogIdentity { teacher_sha256: "cd".repeat(32), ..ours },
+            };
+            let foreign =
+                |first, count| Chunk::encode(&batch(first, count), first, &theirs).unwrap().payload().clone();
+            let quarantined = async || storage.list("log/quarantine/", None).await.unwrap().len();
+            // Under a daemon at work, which has it in its index.
+            replace(&storage, 4, foreign(4, 3)).await;
+            let reader = open_in(&storage, Retention::default()).await;
+            assert_eq!((reader.locate(5), quarantined().await), (Located::Lost { next_sequence: 7 }, 1));
+            replace(&storage, 4, foreign(4, 3)).await;
+            log.cache.remove(4).await;
+            assert!(matches!(log.load(4).await, Err(ReadError::Damaged)));
+            assert_eq!(log.locate(5), Located::Lost { next_sequence: 7 });
+            // Where the next chunk belongs: by whom it is found first.
+            replace(&storage, 12, foreign(12, 2)).await;
+            reader.refresh().await.unwrap();
+            assert!(matches!(reader.locate(12), Located::Lost { .. }));
+            replace(&storage, 12, foreign(12, 2)).await;
+            let first = log.append(&Arc::new(batch(12, 2))).await.unwrap();
+            assert!(first > 12, "{first}");
+            assert_eq!(images(&log.load(first).await.unwrap()), [12, 13]);
+            assert_eq!(log.locate(12), Located::Lost { next_sequence: first });
+            assert!(quarantined().await >= 2);
+            let log = open_in(&storage, Retention::default()).await;
+            assert_eq!((log.extent().chunks, log.extent().next_sequence), (3, first + 2));
+            // Where no chunk is the log's, the log's own file is what is wrong, and nothing is moved aside.
+            for first in [0, 7, first] {
+                replace(&storage, first, foreign(first, 4)).await;
+            }
+            let before = quarantined().await;
+            let error = Log::open(storage.clone(), *log.options(), maker()).await.unwrap_err().to_string();
+            assert!(error.contains("restore log/log.json"), "{error}");
+            assert_eq!(quarantined().await, before);
+            storage.delete("log/log.json").await.unwrap();
+            let error = Log::open(storage.clone(), *log.options(), maker()).await.unwrap_err().to_string();
+            assert!(error.contains("log/log.json is not there"), "{error}");
+        }
+    });
+}
+
+/// The chunk with an element of a column replaced, its checksum made right again.
+fn forged(chunk: &Chunk, column: &str, element: &[u8]) -> Bytes {
+    let payload = chunk.payload();
+    let file = Checkpoint::parse(payload.clone()).unwrap();
+    // The second row's.
+    let at = file.get(column).unwrap().data.as_ptr() as usize - payload.as_ptr() as usize + element.len();
+    let mut bytes = payload.to_vec();
+    bytes[at..at + element.len()].copy_from_slice(element);
+    let data = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let digest = hex(&Sha256::digest(&bytes[data..]));
+    let old = chunk.summary.data_sha256.as_bytes();
+    let at = bytes.windows(old.len()).position(|window| window == old).unwrap();
+    bytes[at..at + old.len()].copy_from_slice(digest.as_bytes());
+    bytes.into()
+}
+
+#[test]
+fn an_impossible_image_makes_its_chunk_damaged() {
+    run(async {
+        let spoils: [(&str, &[u8]); 6] = [
+            ("labels", &3i64.to_le_bytes()),
+            ("labels", &(-1i64).to_le_bytes()),
+            ("student_version", &(-1i64).to_le_bytes()),
+            ("competition", &f32::INFINITY.to_le_bytes()),
+            ("competition", &(-0.1f32).to_le_bytes()),
+            ("competition", &0.7f32.to_le_bytes()),
+        ];
+        for (column, element) in spoils {
+            let storage = Storage::open("memory:").unwrap();
+            let log = open_in(&storage, Retention::default()).await;
+            fill(&log, &[4, 3, 5]).await;
+            for first in [4, 7] {
+                let object = forged(&log.load(first).await.unwrap(), column, element);
+                replace(&storage, first, object).await;
+                log.cache.remove(first).await;
+            }
+            assert!(matches!(log.load(4).await, Err(ReadError::Damaged)), "{column}");
+            // The newest one's length is known all the same.
+            let log = open_in(&storage, Retention::default()).await;
+            let Extent { next_sequence, lost_images, .. } = log.extent();
+            assert_eq!((log.locate(5), next_sequence, lost_images), (Located::Lost { next_sequence: 12 }, 12, 8));
+        }
+    });
+}
+
+#[test]
+fn no_sequence_is_beyond_what_an_i64_holds() {
+    run(async {
+        let storage = Storage::open("memory:").unwrap();
+        let log = open_in(&storage, Retention::default()).await;
+        fill(&log, &[4]).await;
+        let identity = log.identity().clone();
+        let end = i64::MAX as u64;
+        let at = |first: u64| Chunk::encode(&batch(0, 4), first, &identity);
+        assert!(at(end - 3).is_err() && at(u64::MAX).is_err());
+        // One that only its name and metadata put there.
+        let last = at(end - 4).unwrap().payload().clone();
+        let (from, to) = ((end - 4).to_string(), (end - 2).to_string());
+        let mut beyond = last.to_vec();
+        let digits = beyond.windows(from.len()).position(|window| window == from.as_bytes()).unwrap();
+        beyond[digits..digits + to.len()].copy_from_slice(to.as_bytes());
+        for (first, object) in [(end - 2, Bytes::from(beyond)), (end - 1, last.clone()), (u64::MAX - 1, last.clone())]
+        {
+            storage.create(&open::chunk_name(first), object).await.unwrap();
+        }
+        let next = log.append(&Arc::new(batch(4, 2))).await.unwrap();
+        log.refresh().await.unwrap();
+        let again = open_in(&storage, Retention::default()).await;
+        for log in [&log, &again] {
+            assert_eq!((next, log.extent().next_sequence, log.extent().lost_images), (4, 6, 0));
+            assert_eq!(log.locate(u64::MAX), Located::Ahead { next_sequence: 6 });
+        }
+        let mut strange = inspect::inspect(&storage).await.unwrap().unwrap().strange;
+        strange.sort();
+        assert_eq!(strange, [end - 2, end - 1, u64::MAX - 1].map(open::chunk_name));
+        // The very last images that there can be, and nothing after them.
+        storage.create(&open::chunk_name(end - 4), last).await.unwrap();
+        log.refresh().await.unwrap();
+        assert_eq!((log.extent().next_sequence, log.locate(end)), (end, Located::Wait));
+        let error = log.append(&Arc::new(batch(6, 1))).await.unwrap_err();
+        assert!(error.to_string().contains("its sequences are used up, give another --store"), "{error}");
+        let beyond = cursor::encode(identity.log_id, end + 1);
+        assert!(matches!(log.position(&beyond), Err(CursorError::Malformed(_))));
+        assert_eq!(log.position(&log.cursor(end)), Ok(end));
+    });
+}
+
 #[test]
 fn a_cut_or_missing_chunk_keeps_its_sequences_and_hides_no_other() {
     run(async {
@@ -292,6 +446,41 @@ fn retention_by_age_lets_go_of_what_is_old() {
         let made = SystemTime::UNIX_EPOCH + Duration::from_millis(1_700_000_000_123);
         assert_eq!(victims(made), Vec::<u64>::new());
         assert_eq!(victims(made + Duration::from_secs(2)), [0]);
+    });
+}
+
+#[test]
+fn what_is_gone_from_the_storage_is_noticed_by_nobody_reading() {
+    // Time passes only once nothing else can happen.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
+    runtime.block_on(async {
+        let storage = Storage::open("memory:").unwrap();
+        fill(&*open_in(&storage, Retention::default()).await, &[4; 6]).await;
+        let log = open_in(&storage, Retention::default()).await;
+        for first in [0, 4, 8, 12] {
+            log.load(first).await.unwrap();
+        }
+        let tight = Retention { max_images: Some(16), ..Retention::default() };
+        open_in(&storage, tight).await.retain().await.unwrap();
+        // By a hand, and on no record.
+        storage.delete(&open::chunk_name(12)).await.unwrap();
+        assert_eq!(log.extent().images, 24);
+        let _ = tokio::time::timeout(2 * UPKEEP, log.clone().upkeep()).await;
+        let Extent { images: held, chunks, first_sequence, lost_images, .. } = log.extent();
+        assert_eq!((held, chunks, first_sequence, lost_images), (12, 3, 8, 4));
+        assert_eq!(log.locate(5), Located::Overtaken { first_sequence: 8 });
+        assert_eq!(log.locate(13), Located::Lost { next_sequence: 16 });
+        assert!(matches!(log.load(0).await, Err(ReadError::Gone)));
+        let held = log.load(8).await.unwrap();
+        assert_eq!(images(&held), [8, 9, 10, 11]);
+        assert_eq!(log.cached_bytes().await, held.payload().len() as u64);
+        // All at once: no retention does that, so nothing is evicted.
+        for first in [8, 16, 20] {
+            storage.delete(&open::chunk_name(first)).await.unwrap();
+        }
+        let error = log.tend().await.unwrap_err().to_string();
+        assert!(error.contains("no chunk of the log is there any more"), "{error}");
+        assert_eq!(log.extent().images, 12);
     });
 }
 
@@ -388,7 +577,7 @@ proptest! {
     }
 
     #[test]
-    fn a_cursor_names_its_sequence_in_its_log_only(log in any::<u128>(), other in any::<u128>(), sequence in any::<u64>()) {
+    fn a_cursor_names_its_sequence_in_its_log_only(log in any::<u128>(), other in any::<u128>(), sequence in 0..1u64 << 63) {
         let (log, other) = (Uuid::from_u128(log), Uuid::from_u128(other));
         let bytes = cursor::encode(log, sequence);
         prop_assert_eq!(cursor::decode(log, &bytes), Ok(sequence));

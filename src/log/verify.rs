@@ -10,7 +10,8 @@ use futures_util::{StreamExt, pin_mut};
 use serde::Serialize;
 
 use super::inspect::{self, InspectError, Inspection};
-use crate::storage::{Storage, StorageError};
+use super::open;
+use crate::storage::{Storage, StorageError, staged_for};
 
 /// What can be found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -18,7 +19,7 @@ use crate::storage::{Storage, StorageError};
 pub enum Kind {
     /// A chunk whose bytes are not those that were written.
     Checksum,
-    /// A chunk whose beginning cannot be read.
+    /// A chunk whose beginning cannot be read, or tells of images that are impossible.
     Header,
     /// An intact chunk of another log.
     Foreign,
@@ -34,12 +35,14 @@ pub enum Kind {
     Student,
     /// Images that retention let go of: a note, nothing is wrong.
     Evicted,
+    /// What a put left that was broken off, or is under way: a note, too.
+    Remains,
 }
 
 impl Kind {
     /// Whether something is wrong; otherwise it is a note.
     pub fn is_problem(self) -> bool {
-        self != Self::Evicted
+        !matches!(self, Self::Evicted | Self::Remains)
     }
 
     /// Its name in text and JSON.
@@ -54,6 +57,7 @@ impl Kind {
             Self::Strange => "strange",
             Self::Student => "student",
             Self::Evicted => "evicted",
+            Self::Remains => "remains",
         }
     }
 }
@@ -95,7 +99,8 @@ pub fn layout(log: &Inspection) -> Vec<Finding> {
         findings.push(Finding::object(Kind::Strange, name.clone(), "it is no object of the log"));
     }
     for head in &log.damaged {
-        let finding = Finding::object(Kind::Header, head.name.clone(), &head.problem);
+        let kind = if head.foreign { Kind::Foreign } else { Kind::Header };
+        let finding = Finding::object(kind, head.name.clone(), &head.problem);
         findings.push(finding.at((head.first_sequence, head.end)));
     }
     for lost in &log.quarantined {
@@ -122,6 +127,21 @@ pub fn layout(log: &Inspection) -> Vec<Finding> {
         reached = end;
     }
     findings
+}
+
+/// Objects outside of the log and of the store's other `folders`, and remains of puts anywhere. What lies within is looked
+/// at by those that it belongs to.
+pub async fn elsewhere(storage: &Storage, folders: &[&str]) -> Result<Vec<Finding>, StorageError> {
+    let other = |name: &str| folders.iter().any(|folder| name.starts_with(folder));
+    let finding = |name: String| match staged_for(&name) {
+        Some(object) if open::is_own_name(object) || other(object) => {
+            let message = "a put is under way, or was broken off; a daemon removes what is older than ten minutes";
+            Some(Finding::object(Kind::Remains, name, message))
+        }
+        None if open::is_in_the_log(&name) || other(&name) => None,
+        _ => Some(Finding::object(Kind::Strange, name, "no object of a store has this name")),
+    };
+    Ok(storage.names().await?.into_iter().filter_map(finding).collect())
 }
 
 /// What a hole in the log consists of: stretches that are on record as evicted, and stretches that are not.

@@ -10,18 +10,18 @@ use super::source::Geometry;
 #[derive(Debug, thiserror::Error)]
 pub enum LabelledError {
     /// The file could not be read.
-    #[error("cannot read {path}: {source}", path = path.display())]
+    #[error("cannot read {path}: {cause}", path = path.display())]
     Read {
         /// The file.
         path: PathBuf,
-        /// What the operating system said.
-        source: std::io::Error,
+        /// What the operating system said. Told in the message, so not a source of its own, which would be printed again.
+        cause: std::io::Error,
     },
     /// The length is not a multiple of the record.
     #[error(
         "{path} is not CIFAR binary for this network: {length} bytes are not a whole number of records of {record} bytes \
-         (1 byte of class and {channels}x{height}x{width} of pixels)",
-        path = path.display(), channels = geometry.channels, height = geometry.height, width = geometry.width
+         (1 byte of class and {geometry} of pixels)",
+        path = path.display()
     )]
     Length {
         /// The file.
@@ -59,7 +59,7 @@ pub struct LabelledImages {
 impl LabelledImages {
     /// Reads CIFAR binary: each record is 1 byte of class and C·H·W bytes of pixels, plane by plane, row by row.
     pub fn open(path: &Path, geometry: Geometry, num_classes: usize) -> Result<Self, LabelledError> {
-        let bytes = std::fs::read(path).map_err(|source| LabelledError::Read { path: path.to_owned(), source })?;
+        let bytes = std::fs::read(path).map_err(|cause| LabelledError::Read { path: path.to_owned(), cause })?;
         let record = 1 + geometry.pixels();
         if bytes.is_empty() || bytes.len() % record != 0 {
             return Err(LabelledError::Length { path: path.to_owned(), length: bytes.len(), record, geometry });

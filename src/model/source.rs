@@ -1,5 +1,6 @@
 //! A network as it lies in a file: weights, architecture, geometry and normalization, read on the host.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -23,6 +24,12 @@ impl Geometry {
     /// Pixels of one image, all channels.
     pub fn pixels(&self) -> usize {
         self.channels * self.height * self.width
+    }
+}
+
+impl fmt::Display for Geometry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}x{}x{}", self.channels, self.height, self.width)
     }
 }
 
@@ -73,20 +80,20 @@ pub struct SourceOptions {
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
     /// The file is not readable safetensors, or not finite.
-    #[error("{path}: {source}", path = path.display())]
+    #[error("{path}: {cause}", path = path.display())]
     Checkpoint {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
-        source: CheckpointError,
+        /// What is wrong with it. Told in the message, so not a source of its own, which would be printed again.
+        cause: CheckpointError,
     },
     /// The tensors are not those of the architecture.
-    #[error("{path}: {source}", path = path.display())]
+    #[error("{path}: {cause}", path = path.display())]
     Spec {
         /// The file.
         path: PathBuf,
-        /// What does not fit.
-        source: Box<SpecError>,
+        /// What does not fit. Told in the message too.
+        cause: Box<SpecError>,
     },
     /// Neither metadata nor flags tell the architecture.
     #[error("{0}: the file does not name its architecture in its metadata; pass --arch, for example --arch resnet20")]
@@ -128,7 +135,7 @@ impl NetworkSource {
     /// Reads a checkpoint. Metadata keys: `arch`; `mean` and `std` (comma-separated, one number a channel);
     /// `image_size` (`height,width`); `class_names` (a JSON array of strings). Options win over metadata.
     pub fn open(path: &Path, options: &SourceOptions) -> Result<Self, SourceError> {
-        let unusable = |source| SourceError::Checkpoint { path: path.to_owned(), source };
+        let unusable = |cause| SourceError::Checkpoint { path: path.to_owned(), cause };
         let checkpoint = Checkpoint::open(path).map_err(unusable)?;
         let invalid = |problem: String| SourceError::Invalid { path: path.to_owned(), problem };
         let meta = |key: &str| checkpoint.metadata().get(key);
@@ -144,7 +151,7 @@ impl NetworkSource {
         let arch =
             options.arch.as_ref().or(meta("arch")).ok_or_else(|| SourceError::NoArch(path.to_owned()))?.clone();
         let spec = NetworkSpec::from_checkpoint(&arch, &checkpoint)
-            .map_err(|source| SourceError::Spec { path: path.to_owned(), source: Box::new(source) })?;
+            .map_err(|error| SourceError::Spec { path: path.to_owned(), cause: Box::new(error) })?;
         checkpoint.check_finite().map_err(unusable)?;
 
         let (Some(mean), Some(std)) = (list(&options.mean, "mean")?, list(&options.std, "std")?) else {

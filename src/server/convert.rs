@@ -231,14 +231,14 @@ pub(super) fn end_status(end: &End) -> Status {
     }
 }
 
-/// The reader's next image was damaged.
+/// The reader's next image is lost.
 fn lost(position: u64, next_sequence: u64) -> Status {
     going_on(
         next_sequence,
         status(
             Code::DataLoss,
             &format!(
-                "sequence {position} is lost: its chunk is damaged and in quarantine; the next sequence that is there is \
+                "sequence {position} is lost: its chunk is damaged or missing; the next sequence that is there is \
              {next_sequence}, start from it to go on without what is lost"
             ),
         ),

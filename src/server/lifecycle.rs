@@ -290,7 +290,7 @@ impl ReadyFile {
                 "admin": listeners.admin_address.to_string(),
                 "pid": pid,
             });
-            let failed = |source| ServeError::ReadyFile { path: path.clone(), source };
+            let failed = |cause| ServeError::ReadyFile { path: path.clone(), cause };
             let mut partial = path.clone().into_os_string();
             partial.push(format!(".{pid}.tmp"));
             std::fs::write(&partial, format!("{text}\n")).map_err(failed)?;

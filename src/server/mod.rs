@@ -27,7 +27,7 @@ use crate::config::Config;
 pub enum ServeError {
     /// A port cannot be had.
     #[error(
-        "cannot listen on {address} ({what}): {source}; is another daemon running there? choose another with {flag}"
+        "cannot listen on {address} ({what}): {cause}; is another daemon running there? choose another with {flag}"
     )]
     Bind {
         /// What was to listen there.
@@ -36,23 +36,23 @@ pub enum ServeError {
         address: SocketAddr,
         /// The flag that changes it.
         flag: &'static str,
-        /// What the operating system said.
-        source: std::io::Error,
+        /// What the operating system said. Told in the message, so not a source of its own, which would be printed again.
+        cause: std::io::Error,
     },
     /// The ready file cannot be written.
-    #[error("cannot write the ready file {path}: {source}", path = path.display())]
+    #[error("cannot write the ready file {path}: {cause}", path = path.display())]
     ReadyFile {
         /// The file.
         path: PathBuf,
-        /// What the operating system said.
-        source: std::io::Error,
+        /// What the operating system said. Told in the message, so not a source of its own, which would be printed again.
+        cause: std::io::Error,
     },
     /// The engine's thread cannot be started.
     #[error("cannot start the engine's thread: {0}")]
     Engine(std::io::Error),
     /// The operating system refused something that a server needs.
     #[error("cannot serve: {0}")]
-    Io(#[from] std::io::Error),
+    Io(std::io::Error),
     /// The log cannot be opened.
     #[error(transparent)]
     Log(#[from] crate::log::OpenError),
@@ -70,6 +70,12 @@ pub enum ServeError {
     Internal(String),
 }
 
+impl From<std::io::Error> for ServeError {
+    fn from(error: std::io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
 /// The two bound ports.
 #[derive(Debug)]
 pub struct Listeners {
@@ -82,7 +88,7 @@ pub struct Listeners {
 /// Takes both ports, so that a second daemon on one of them fails before it loads anything onto a device.
 pub fn bind(config: &Config) -> Result<Listeners, ServeError> {
     let listen = |what, address, flag| {
-        let failed = |source| ServeError::Bind { what, address, flag, source };
+        let failed = |cause| ServeError::Bind { what, address, flag, cause };
         let listener = TcpListener::bind(address).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
         let bound = listener.local_addr().map_err(failed)?;

@@ -125,7 +125,7 @@ pub enum PushError {
     },
     /// The storage failed. Whether the version was written is open.
     #[error("the student could not be stored, push it again: {0}")]
-    Storage(#[from] StorageError),
+    Storage(StorageError),
     /// The daemon itself failed.
     #[error("the push could not be checked: {0}")]
     Internal(String),
@@ -154,6 +154,12 @@ impl PushError {
             Self::Storage(_) => "storage",
             Self::Internal(_) => "internal",
         }
+    }
+}
+
+impl From<StorageError> for PushError {
+    fn from(error: StorageError) -> Self {
+        Self::Storage(error)
     }
 }
 

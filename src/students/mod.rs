@@ -19,6 +19,7 @@ use crate::storage::{Storage, StorageError, blocking};
 
 pub use error::PushError;
 pub(crate) use error::beginning;
+pub use object::FOLDER;
 pub use push::{Push, PushHeader};
 use versions::Versions;
 

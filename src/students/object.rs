@@ -14,7 +14,7 @@ use crate::model::checkpoint::{Checkpoint, TensorToWrite, encode, hex};
 use crate::model::spec::NetworkSpec;
 
 /// Where students lie.
-pub(super) const FOLDER: &str = "students/";
+pub const FOLDER: &str = "students/";
 const FORMAT: &str = "dreamfeed.student.v1";
 
 /// The name of a version; the order of names is the order of versions.

@@ -267,8 +267,8 @@ fn finish(
     let competition = match surroundings.student() {
         Some((student, _)) => {
             let divergence = objective::js_divergence(&logits, &student.logits(&normalized), 1.0);
-            // Rounding can leave a tiny negative number where both agree.
-            host_f32(&divergence.clamp(0.0, std::f64::consts::LN_2))
+            // Rounding can leave a tiny negative number where both agree, and a student whose logits overflow none at all.
+            host_f32(&divergence.nan_to_num(0.0, None, None).clamp(0.0, std::f64::consts::LN_2))
         }
         None => vec![0.0; count],
     };

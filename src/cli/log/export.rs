@@ -51,13 +51,16 @@ pub(super) async fn run(args: Args) -> anyhow::Result<()> {
     let selection = Selection { from: args.from, to: args.to, classes: args.classes.into_iter().collect() };
     let shard_images = args.shard_images.unwrap_or(SHARD_IMAGES);
     let exported = export(&storage, &log, &selection, args.format, &args.out, shard_images).await?;
-    let (images, files) = (counted(exported.images, "image"), counted(exported.files, "file"));
-    print(&format!("{images} in {files} in {}\n", args.out.display()))?;
+    if exported.images > 0 {
+        let (images, files) = (counted(exported.images, "image"), counted(exported.files, "file"));
+        print(&format!("{images} in {files} in {}\n", args.out.display()))?;
+    }
     for (name, problem) in &exported.left_out {
         eprintln!("left out {name}: {problem}");
     }
     let damaged = counted(exported.left_out.len() as u64, "damaged chunk");
-    anyhow::ensure!(exported.left_out.is_empty(), "{damaged} could not be exported; the rest is there");
+    let rest = if exported.images > 0 { "the rest is there" } else { "nothing else was asked for" };
+    anyhow::ensure!(exported.left_out.is_empty(), "{damaged} could not be exported; {rest}");
     anyhow::ensure!(exported.images > 0, "the log holds no image that was asked for");
     Ok(())
 }

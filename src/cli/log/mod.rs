@@ -77,14 +77,7 @@ fn counted(count: u64, what: &str) -> String {
 
 /// One line about the log.
 fn headline(storage: &Storage, log: &Identity) -> String {
-    let (geometry, teacher) = (log.geometry(), log.teacher_sha256.chars().take(12).collect::<String>());
-    format!(
-        "log {} in {}: images {}x{}x{}, {} classes, teacher {teacher}\n",
-        log.log_id,
-        storage.location(),
-        geometry.channels,
-        geometry.height,
-        geometry.width,
-        log.num_classes
-    )
+    let teacher: String = log.teacher_sha256.chars().take(12).collect();
+    let (id, place, geometry, classes) = (log.log_id, storage.location(), log.geometry(), log.num_classes);
+    format!("log {id} in {place}: images {geometry}, {classes} classes, teacher {teacher}\n")
 }

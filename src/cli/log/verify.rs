@@ -6,15 +6,15 @@ use serde_json::json;
 
 use super::{StoreArgs, counted, headline, images, print};
 use crate::log::inspect;
-use crate::log::verify::{Finding, Kind, verify};
+use crate::log::verify::{Finding, Kind, elsewhere, verify};
 use crate::students;
 
 /// Reads everything in a store, and says what is wrong with it.
 ///
 /// Every chunk's and every stored student's checksum, holes and overlaps in the log, objects that have no business there,
 /// and what lies in quarantine. Ends with 0 where nothing is wrong, else with 1. What retention let go of is a note:
-/// daemons put it on record before they delete, so every other hole is a loss. Chunks missing behind the newest that is
-/// left cannot be noticed.
+/// daemons put it on record before they delete, so every other hole is a loss. So is what a put left that was broken off or
+/// is under way: daemons remove it. Chunks missing behind the newest that is left cannot be noticed.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     #[command(flatten)]
@@ -27,7 +27,8 @@ pub(super) struct Args {
 pub(super) async fn run(args: Args) -> anyhow::Result<()> {
     let storage = args.store.open()?;
     let log = args.store.found(inspect::inspect(&storage).await)?;
-    let mut findings = verify(&storage, &log).await?;
+    let mut findings = elsewhere(&storage, &[students::FOLDER]).await?;
+    findings.extend(verify(&storage, &log).await?);
     let students = students::audit(&storage).await?;
     findings.extend(students.damaged.into_iter().map(|(name, why)| Finding::object(Kind::Student, name, why)));
     let strange = |name| Finding::object(Kind::Strange, name, "it is no student");
