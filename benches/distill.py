@@ -26,7 +26,7 @@ TRAINING = "--temperature 8 --augment shift:4,flip --min-images 256 --threads 2 
 TIERS = {
     "adi": ("--iterations 24 --learning-rate 0.3", 64),
     "warm-adi": ("--iterations 24 --warm-iterations 12 --learning-rate 0.3", 64),
-    "fast": ("", 64),
+    "fast": ("--fast-width 32", 22),
     "hybrid": ("--hybrid-iterations 8 --learning-rate 0.1", 64),
 }
 
