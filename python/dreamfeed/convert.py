@@ -1,0 +1,301 @@
+"""PyTorch checkpoints as the safetensors files that the daemon reads.
+
+    python -m dreamfeed.convert model.pth resnet20.safetensors --arch resnet20 \\
+        --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 --image-size 32,32 --class-names airplane,automobile,...
+
+Checkpoints are read with ``torch.load(weights_only=True)``: no code in them is ever run.
+"""
+
+import argparse
+import json
+import math
+import pickle
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+#: Keys under which training scripts keep the weights.
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params")
+#: What DataParallel, torch.compile and Lightning put before names.
+PREFIXES = ("module.", "_orig_mod.")
+_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+class ConvertError(ValueError):
+    """The checkpoint or an argument cannot be used; the message says what would be right."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written."""
+
+    path: Path
+    #: Name, shape and dtype of every tensor in the file.
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    metadata: dict[str, str]
+    #: The keys under which the weights lay in the checkpoint, from outside in.
+    unwrapped: tuple[str, ...]
+    #: The prefixes taken off every name.
+    stripped: tuple[str, ...]
+    #: What else the checkpoint held beside the weights, and was left out: for example the optimizer.
+    left_out: tuple[str, ...]
+
+
+def convert(
+    source: Path | str,
+    target: Path | str,
+    *,
+    arch: str,
+    mean: Sequence[float],
+    std: Sequence[float],
+    image_size: tuple[int, int] = (32, 32),
+    class_names: Sequence[str] = (),
+    key: str | None = None,
+    prefix: str | None = None,
+    dtype: Literal["keep", "f32", "f16", "bf16"] = "keep",
+) -> Converted:
+    """Writes the weights of a checkpoint, and what the daemon has to know of them, to a safetensors file.
+
+    Every tensor of the state_dict is in the file, contiguous and under its name but for common prefixes; nothing is
+    dropped but what :attr:`Converted.left_out` names.
+
+    Args:
+        source: a file of torch.save, with a state_dict or one wrapped in a dict; or a safetensors file.
+        target: the file to write; it appears under this name only when it is complete.
+        arch: the architecture, for example ``"resnet20"``.
+        mean, std: one number a channel, in units of pixel / 255.
+        image_size: (height, width).
+        class_names: one a class, in order; empty where they are not known.
+        key: where the weights lie in the checkpoint, with dots between nested keys, where that is ambiguous.
+        prefix: taken off every name, for example ``"student."``; beside ``module.`` and ``_orig_mod.``.
+        dtype: ``"keep"``, or what floating tensors are converted to.
+
+    Raises:
+        ConvertError: the checkpoint holds more than tensors and plain values, no state_dict, several, or an argument
+            does not fit it.
+        FileNotFoundError: there is no such file.
+    """
+    source, target = Path(source), Path(target)
+    metadata = _metadata(arch, mean, std, image_size, class_names)
+    checkpoint = _load(source)
+    state, unwrapped, left_out = _unwrap(source, checkpoint, key)
+    state, stripped = _strip(source, state, prefix)
+    tensors = {name: _plain(source, name, value, dtype) for name, value in state.items()}
+    _check(source, tensors, len(mean), class_names)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    try:
+        save_file(tensors, partial, metadata=metadata)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    described = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    return Converted(target, described, metadata, unwrapped, stripped, left_out)
+
+
+def _metadata(
+    arch: str,
+    mean: Sequence[float],
+    std: Sequence[float],
+    image_size: tuple[int, int],
+    class_names: Sequence[str],
+) -> dict[str, str]:
+    if not arch:
+        raise ConvertError("arch is empty; name the architecture, for example resnet20")
+    if not mean or len(mean) != len(std):
+        raise ConvertError(f"mean has {len(mean)} and std has {len(std)} values; give one of each a channel")
+    if not all(math.isfinite(m) for m in mean) or not all(math.isfinite(s) and s > 0 for s in std):
+        raise ConvertError(
+            f"mean is {list(mean)} and std is {list(std)}; mean must be finite and std positive"
+        )
+    if max(map(abs, mean)) > 1 or max(std) > 1:
+        raise ConvertError(
+            f"mean is {list(mean)} and std is {list(std)}; give them in units of pixel / 255, for example 0.485"
+        )
+    if len(image_size) != 2 or any(not 1 <= size <= 4096 for size in image_size):
+        raise ConvertError(f"image_size is {image_size}; give height and width in pixels, for example 32,32")
+    metadata = {
+        "arch": arch,
+        "mean": ",".join(f"{value:.9g}" for value in mean),
+        "std": ",".join(f"{value:.9g}" for value in std),
+        "image_size": f"{image_size[0]},{image_size[1]}",
+    }
+    if class_names:
+        metadata["class_names"] = json.dumps(list(class_names))
+    return metadata
+
+
+def _load(source: Path) -> object:
+    with source.open("rb"):
+        pass  # "no such file" in the system's words
+    if source.suffix == ".safetensors":
+        try:
+            with safe_open(source, "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ConvertError(f"{source} is not a safetensors file: {error}") from error
+    try:
+        return torch.load(source, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        first = str(error).partition("\n")[0]
+        raise ConvertError(
+            f"{source} holds more than tensors and plain values, and code in it is not run ({first}). "
+            "Where you trust it, load it in the program that made it and save model.state_dict()"
+        ) from error
+    except (RuntimeError, EOFError, ValueError) as error:
+        raise ConvertError(f"{source} is not a file of torch.save: {error}") from error
+
+
+def _is_state(value: object) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(item, Tensor) for item in value.values())
+
+
+def _unwrap(
+    source: Path, checkpoint: object, key: str | None
+) -> tuple[Mapping[str, object], tuple[str, ...], tuple[str, ...]]:
+    """The state_dict, the keys that led to it, and the other keys on the way."""
+    value, path, left_out = checkpoint, [], []
+
+    def enter(name: str) -> None:
+        nonlocal value
+        assert isinstance(value, Mapping)
+        left_out.extend(".".join([*path, str(other)]) for other in value if other != name)
+        value = value[name]
+        path.append(name)
+
+    for name in key.split(".") if key else ():
+        if not isinstance(value, Mapping) or name not in value:
+            held = sorted(map(str, value)) if isinstance(value, Mapping) else type(value).__name__
+            raise ConvertError(f"{source} has no key {key!r}; at {name!r} it holds {held}")
+        enter(name)
+    while key is None and isinstance(value, Mapping) and not _is_state(value):
+        inside = [str(name) for name, item in value.items() if isinstance(item, Mapping)]
+        found = [name for name in WRAPPERS if name in inside and _holds_state(value[name])]
+        if not found:
+            found = [name for name in inside if _is_state(value[name])]
+        if len(found) != 1:
+            break
+        enter(found[0])
+    if not isinstance(value, Mapping) or not _is_state(value):
+        held = sorted(map(str, value)) if isinstance(value, Mapping) else type(value).__name__
+        raise ConvertError(
+            f"{source} has no one state_dict; it holds {held}: say with key (--key) where the weights lie"
+        )
+    return value, tuple(path), tuple(left_out)
+
+
+def _holds_state(value: object) -> bool:
+    return _is_state(value) or (
+        isinstance(value, Mapping) and any(_holds_state(value.get(name)) for name in WRAPPERS)
+    )
+
+
+def _strip(
+    source: Path, state: Mapping[str, object], prefix: str | None
+) -> tuple[Mapping[str, object], tuple[str, ...]]:
+    stripped: list[str] = []
+    prefixes = [*PREFIXES, prefix] if prefix else list(PREFIXES)
+    while found := [p for p in prefixes if all(str(name).startswith(p) for name in state)]:
+        stripped.append(found[0])
+        state = {str(name).removeprefix(found[0]): value for name, value in state.items()}
+    if prefix and prefix not in stripped:
+        others = [str(name) for name in state if not str(name).startswith(prefix)]
+        raise ConvertError(
+            f"{source}: not every tensor has the prefix {prefix!r}, for example {others[0]!r} has not"
+        )
+    return state, tuple(stripped)
+
+
+def _plain(source: Path, name: str, value: object, dtype: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        kind = type(value).__name__
+        raise ConvertError(
+            f"{source}: {name!r} among the weights is a {kind}; a safetensors file holds only tensors"
+        )
+    if value.layout is not torch.strided or value.is_quantized:
+        raise ConvertError(f"{source}: {name!r} is sparse or quantized; save it dense and in floating point")
+    if dtype != "keep" and value.is_floating_point():
+        value = value.to(_DTYPES[dtype])
+    # A copy: tensors that share memory are refused by safetensors.
+    return value.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _check(source: Path, tensors: Mapping[str, Tensor], channels: int, class_names: Sequence[str]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ConvertError(f"{source}: {name} has values that are not finite")
+    first = tensors.get("conv1.weight")
+    if first is not None and first.ndim == 4 and first.shape[1] != channels:
+        raise ConvertError(
+            f"mean and std have {channels} values, but the network takes {first.shape[1]} channels"
+        )
+    last = next((tensors[name] for name in ("linear.weight", "fc.weight") if name in tensors), None)
+    if class_names and last is not None and last.shape[0] != len(class_names):
+        raise ConvertError(
+            f"class_names has {len(class_names)} names, but the network has {last.shape[0]} outputs"
+        )
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, width = (int(part) for part in text.split(","))
+    return height, width
+
+
+def _names(text: str) -> list[str]:
+    names = json.loads(text) if text.lstrip().startswith("[") else [name.strip() for name in text.split(",")]
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(text)
+    return names
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dreamfeed.convert",
+        description="Converts a PyTorch checkpoint to the safetensors file that Dreamfeed reads. Runs no code in it.",
+    )
+    parser.add_argument("source", type=Path, help="a file of torch.save, or a safetensors file")
+    parser.add_argument("target", type=Path, help="the safetensors file to write")
+    parser.add_argument("--arch", required=True, help="the architecture, for example resnet20")
+    parser.add_argument(
+        "--mean", required=True, type=_numbers, metavar="LIST", help="for example 0.485,0.456,0.406"
+    )
+    parser.add_argument(
+        "--std", required=True, type=_numbers, metavar="LIST", help="for example 0.229,0.224,0.225"
+    )
+    parser.add_argument("--image-size", type=_size, default=(32, 32), metavar="H,W", help="default: 32,32")
+    parser.add_argument(
+        "--class-names", type=_names, default=(), metavar="LIST", help="a,b,c or a JSON array"
+    )
+    parser.add_argument("--key", help="where in the checkpoint the weights lie, where that is ambiguous")
+    parser.add_argument("--prefix", help="taken off every tensor's name, for example student.")
+    parser.add_argument("--dtype", choices=("keep", *_DTYPES), default="keep", help="of floating tensors")
+    options = vars(parser.parse_args(arguments))
+    try:
+        done = convert(options.pop("source"), options.pop("target"), **options)
+    except (ConvertError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    sys.stdout.write(f"{done.path}: {len(done.tensors)} tensors, {done.metadata}\n")
+    if done.unwrapped:
+        sys.stdout.write(f"found under {'.'.join(done.unwrapped)}\n")
+    if done.stripped:
+        sys.stdout.write(f"without the prefix {''.join(done.stripped)}\n")
+    if done.left_out:
+        sys.stdout.write(f"left out: {', '.join(done.left_out)}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
