@@ -103,7 +103,8 @@ MODELS ?= ../shared/models
 BENCH_TEACHER ?= $(MODELS)/cifar_resnet20_jpeg.safetensors
 BENCH_VERIFIER ?= $(MODELS)/cifar_resnet56_jpeg.safetensors
 BENCH_DATA ?= ../shared/data/cifar10-jpeg/test_batch.bin
-BENCH_MINUTES ?= 30
+BENCH_MINUTES ?= 45
+BENCH_TIERS ?= adi,warm-adi,fast,hybrid
 NORMALIZATION := --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225
 
 .PHONY: bench-dreams
@@ -114,9 +115,10 @@ bench-dreams: build ## 256 images of the CIFAR teacher by DeepInversion in 2,000
 	  --verifier $(BENCH_VERIFIER) --verifier-arch resnet56 --grid out/bench/dreams.png
 
 .PHONY: bench-distill
-bench-distill: build ## The CIFAR teacher to a random ResNet-20, BENCH_MINUTES (30) by the clock, accuracy on real pictures
-	@$(say) "bench-distill: $(BENCH_MINUTES) minutes"
-	@$(PYTHON) benches/distill.py --teacher $(BENCH_TEACHER) --data $(BENCH_DATA) --minutes $(BENCH_MINUTES)
+bench-distill: build ## The CIFAR teacher to a random ResNet-20, BENCH_MINUTES (45) by the clock for each of BENCH_TIERS
+	@$(say) "bench-distill: $(BENCH_MINUTES) minutes for each of $(BENCH_TIERS)"
+	@$(PYTHON) benches/distill.py --teacher $(BENCH_TEACHER) --data $(BENCH_DATA) --minutes $(BENCH_MINUTES) \
+	  --tiers $(BENCH_TIERS)
 
 .PHONY: serve
 serve: build ## Run the daemon: TEACHER=FILE (default: the demo's), SERVE_FLAGS="..."

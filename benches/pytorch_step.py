@@ -59,6 +59,31 @@ def jensen_shannon(student: Tensor, teacher: Tensor) -> Tensor:
     return 0.5 * F.kl_div(log_m, log_p, **kl) + 0.5 * F.kl_div(log_m, log_q, **kl)
 
 
+# Kinds of ops by what their names contain, first match wins.
+KINDS = (
+    ("convolution, backward (image and weights)", ("convolution_backward",)),
+    ("convolution, forward", ("conv",)),
+    ("batch norm, forward and backward", ("batch_norm",)),
+    ("mean and variance hooks", ("aten::var", "aten::mean", "aten::std", "aten::sum")),
+    ("ReLU, forward and backward", ("threshold", "relu", "clamp")),
+    ("everything else: elementwise, copies, losses, Adam", ("",)),
+)
+
+
+def profile(step, count: int) -> None:
+    """Prints the time of each kind of op in a step, by PyTorch's own profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        for _ in range(count):
+            step()
+    sums = dict.fromkeys((name for name, _ in KINDS), 0.0)
+    for event in profiler.key_averages():
+        kind = next(name for name, parts in KINDS if any(part in event.key for part in parts))
+        sums[kind] += event.self_cpu_time_total / 1e6 / count
+    whole = sum(sums.values())
+    for name, seconds in sums.items():
+        print(f"{name:<52} {seconds:.4f} s ({100 * seconds / whole:.0f} %)")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--teacher", type=Path, required=True, help="a safetensors file")
@@ -71,6 +96,9 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=3, help="steps before the clock starts")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-compete", action="store_true", help="plain DeepInversion")
+    parser.add_argument(
+        "--profile", action="store_true", help="also print where the time goes, by kind of op"
+    )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -118,6 +146,8 @@ def main() -> None:
         loss = step()
         if index >= args.warmup:
             seconds.append(time.perf_counter() - begin)
+    if args.profile:
+        profile(step, 4)
     result = {
         "step_seconds": statistics.median(seconds),
         "steps": args.steps,

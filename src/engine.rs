@@ -5,32 +5,32 @@ use std::any::Any;
 use std::io;
 use std::num::NonZeroUsize;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::pin::pin;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use metrics::{counter, gauge, histogram};
-use tch::{Device, Kind};
+use metrics::{counter, gauge};
+use tch::Device;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 pub use crate::device::DeviceOption;
 use crate::device::{Precision, set_threads};
-use crate::model::network::FrozenNetwork;
 use crate::model::source::NetworkSource;
 use crate::students::Student;
 use crate::synthesis::batch::DreamBatch;
 use crate::synthesis::fast::FastGenerator;
 use crate::synthesis::settings::{Settings, SynthesizerKind};
-use crate::synthesis::{Flow, Recalled, StepReport, Surroundings, SynthesisError, Synthesizer, Teacher};
+use crate::synthesis::{Recalled, SynthesisError, Synthesizer, Teacher};
 use crate::telemetry;
 
-/// How often an idle or blocked engine says that it is alive.
-const IDLE_HEARTBEAT: Duration = Duration::from_millis(500);
+mod status;
+mod world;
+
+pub use status::{EngineState, EngineStatus};
+use world::World;
 
 /// So many failed runs in a row are no accident; the engine gives up rather than spin.
 const MAX_FAILURES: u32 = 10;
@@ -69,92 +69,6 @@ pub struct EngineOptions {
     pub seed: u64,
     /// Stop synthesizing after so many images; the last batch may be cut short.
     pub max_images: Option<u64>,
-}
-
-/// What the engine is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum EngineState {
-    /// The teacher is on its way to the device.
-    Loading,
-    /// Making images.
-    Synthesizing,
-    /// No images are wanted.
-    Resting,
-    /// A finished batch waits because the queue to the log is full.
-    Blocked,
-    /// `max_images` are made.
-    Finished,
-    /// It has ended for good; [`EngineStatus::failure`] says why.
-    Failed,
-}
-
-impl EngineState {
-    /// Every state, in the order of their numbers.
-    pub const ALL: [Self; 6] =
-        [Self::Loading, Self::Synthesizing, Self::Resting, Self::Blocked, Self::Finished, Self::Failed];
-
-    /// The state's name in metrics and pages.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Loading => "loading",
-            Self::Synthesizing => "synthesizing",
-            Self::Resting => "resting",
-            Self::Blocked => "blocked",
-            Self::Finished => "finished",
-            Self::Failed => "failed",
-        }
-    }
-}
-
-/// The engine seen from other threads; no method waits for it.
-#[derive(Debug)]
-pub struct EngineStatus {
-    started: Instant,
-    state: AtomicU8,
-    heartbeat_millis: AtomicU64,
-    failure: OnceLock<String>,
-}
-
-impl EngineStatus {
-    fn new() -> Self {
-        Self {
-            started: Instant::now(),
-            state: AtomicU8::new(0),
-            heartbeat_millis: AtomicU64::new(0),
-            failure: OnceLock::new(),
-        }
-    }
-
-    /// What it is doing.
-    pub fn state(&self) -> EngineState {
-        EngineState::ALL[usize::from(self.state.load(Ordering::Acquire)).min(EngineState::ALL.len() - 1)]
-    }
-
-    /// How long ago it last made progress, or said that it has nothing to do.
-    pub fn heartbeat_age(&self) -> Duration {
-        let last = Duration::from_millis(self.heartbeat_millis.load(Ordering::Acquire));
-        self.started.elapsed().saturating_sub(last)
-    }
-
-    /// Why it failed, where it did.
-    pub fn failure(&self) -> Option<String> {
-        self.failure.get().cloned()
-    }
-
-    fn beat(&self) {
-        self.heartbeat_millis.store(self.started.elapsed().as_millis() as u64, Ordering::Release);
-    }
-
-    fn enter(&self, state: EngineState) {
-        self.state.store(state as u8, Ordering::Release);
-        self.beat();
-    }
-
-    fn fail(&self, why: String) {
-        tracing::error!(reason = %why, "the engine has failed");
-        let _ = self.failure.set(why);
-        self.enter(EngineState::Failed);
-    }
 }
 
 /// A running engine.
@@ -256,8 +170,7 @@ fn run(
     let teacher = Teacher::load(&source, device, options.precision.kind());
     tracing::info!(?device, arch = source.spec.arch(), sha256 = %source.identity, "the teacher is on the device");
 
-    let Connections { students, wanted, recall, synthesizer: mut chosen, generator, saved, output, stop } =
-        connections;
+    let Connections { students, wanted, recall, synthesizer: chosen, generator, saved, output, stop } = connections;
     let mut synthesizer = Synthesizer::new(options.settings, teacher.num_classes(), options.seed);
     if let Some(file) = generator {
         match FastGenerator::restore(&teacher, synthesizer.settings(), file) {
@@ -269,19 +182,11 @@ fn run(
         }
     }
     let kind = options.precision.kind();
-    let mut world = World { device, kind, students, recall, adopted: None, unreported: None, stop, status };
-    let mut keeper = Keeper { saved, at: Instant::now(), batches: 0 };
-    let outcome = produce(
-        &mut synthesizer,
-        &teacher,
-        &mut world,
-        &wanted,
-        &mut chosen,
-        &output,
-        &runtime,
-        &mut keeper,
-        options.max_images,
-    );
+    let world = World { device, kind, students, recall, adopted: None, unreported: None, stop, status };
+    let keeper = Keeper { saved, at: Instant::now(), batches: 0 };
+    let mut production = Production { synthesizer, teacher, world, wanted, chosen, output, runtime, keeper };
+    let outcome = production.run(options.max_images);
+    let Production { synthesizer, world, runtime, mut keeper, .. } = production;
     keeper.save(&synthesizer);
     outcome?;
     if !world.stop.is_cancelled() {
@@ -317,79 +222,83 @@ impl Keeper {
     }
 }
 
-/// Makes batches until `max_images` are made or the engine must end.
-#[allow(clippy::too_many_arguments)] // the thread's world, taken apart once
-fn produce(
-    synthesizer: &mut Synthesizer,
-    teacher: &Teacher,
-    world: &mut World,
-    wanted: &Wanted,
-    chosen: &mut watch::Receiver<SynthesizerKind>,
-    output: &async_channel::Sender<DreamBatch>,
-    runtime: &Handle,
-    keeper: &mut Keeper,
-    max_images: Option<u64>,
-) -> Result<(), String> {
-    let mut made = 0u64;
-    let mut failures = 0;
-    let mut dropped = 0;
-    while max_images.is_none_or(|most| made < most) {
-        if !wanted() {
-            world.status.enter(EngineState::Resting);
-            world.rest(runtime, DEMAND_PAUSE);
-            if world.stop.is_cancelled() {
+/// Everything that making batches takes.
+struct Production {
+    synthesizer: Synthesizer,
+    teacher: Teacher,
+    world: World,
+    wanted: Wanted,
+    chosen: watch::Receiver<SynthesizerKind>,
+    output: async_channel::Sender<DreamBatch>,
+    runtime: Handle,
+    keeper: Keeper,
+}
+
+impl Production {
+    /// Makes batches until `max_images` are made or the engine must end.
+    fn run(&mut self, max_images: Option<u64>) -> Result<(), String> {
+        let mut made = 0u64;
+        let mut failures = 0;
+        let mut dropped = 0;
+        while max_images.is_none_or(|most| made < most) {
+            if !(self.wanted)() {
+                self.world.status.enter(EngineState::Resting);
+                self.world.rest(&self.runtime, DEMAND_PAUSE);
+                if self.world.stop.is_cancelled() {
+                    return Ok(());
+                }
+                continue;
+            }
+            self.world.status.enter(EngineState::Synthesizing);
+            let kind = *self.chosen.borrow_and_update();
+            if kind != self.synthesizer.settings().synthesizer {
+                tracing::info!(synthesizer = kind.name(), "switched");
+                self.synthesizer.switch(kind);
+            }
+            let batch = match catch_unwind(AssertUnwindSafe(|| self.synthesizer.run(&self.teacher, &mut self.world)))
+            {
+                Ok(Ok(batch)) => batch,
+                Ok(Err(SynthesisError::Stopped)) => return Ok(()),
+                Ok(Err(error @ SynthesisError::NotFinite { .. })) => {
+                    count_run("non_finite");
+                    dropped += 1;
+                    tracing::warn!(%error, dropped, "a synthesis run was dropped");
+                    // Not an error of the machine: other noise may well do better, so this does not count as a failure.
+                    // But where it is the student that makes every run fail, images without one are better than none.
+                    if dropped % MAX_DROPPED == 0 {
+                        self.world.set_student_aside();
+                    }
+                    self.world.rest(&self.runtime, DROPPED_PAUSE);
+                    continue;
+                }
+                Err(panic) => {
+                    count_run("error");
+                    failures += 1;
+                    let error = panic_message(&*panic);
+                    tracing::error!(%error, failures, "a synthesis run failed");
+                    if failures >= MAX_FAILURES {
+                        return Err(format!("{failures} synthesis runs failed in a row; the last one: {error}"));
+                    }
+                    self.world.rest(&self.runtime, FAILURE_PAUSE);
+                    continue;
+                }
+            };
+            (failures, dropped) = (0, 0);
+            count_run("finished");
+            self.keeper.save_if_due(&self.synthesizer);
+            let batch = match max_images {
+                Some(most) => batch.truncated((most - made) as usize),
+                None => batch,
+            };
+            made += batch.count() as u64;
+            report_batch(&batch);
+            self.world.report_staleness();
+            if !self.world.hand_over(&self.runtime, &self.output, batch) {
                 return Ok(());
             }
-            continue;
         }
-        world.status.enter(EngineState::Synthesizing);
-        let kind = *chosen.borrow_and_update();
-        if kind != synthesizer.settings().synthesizer {
-            tracing::info!(synthesizer = kind.name(), "switched");
-            synthesizer.switch(kind);
-        }
-        let batch = match catch_unwind(AssertUnwindSafe(|| synthesizer.run(teacher, world))) {
-            Ok(Ok(batch)) => batch,
-            Ok(Err(SynthesisError::Stopped)) => return Ok(()),
-            Ok(Err(error @ SynthesisError::NotFinite { .. })) => {
-                count_run("non_finite");
-                dropped += 1;
-                tracing::warn!(%error, dropped, "a synthesis run was dropped");
-                // Not an error of the machine: other noise may well do better, so this does not count as a failure.
-                // But where it is the student that makes every run fail, images without one are better than none.
-                if dropped % MAX_DROPPED == 0 {
-                    world.set_student_aside();
-                }
-                world.rest(runtime, DROPPED_PAUSE);
-                continue;
-            }
-            Err(panic) => {
-                count_run("error");
-                failures += 1;
-                let error = panic_message(&*panic);
-                tracing::error!(%error, failures, "a synthesis run failed");
-                if failures >= MAX_FAILURES {
-                    return Err(format!("{failures} synthesis runs failed in a row; the last one: {error}"));
-                }
-                world.rest(runtime, FAILURE_PAUSE);
-                continue;
-            }
-        };
-        (failures, dropped) = (0, 0);
-        count_run("finished");
-        keeper.save_if_due(synthesizer);
-        let batch = match max_images {
-            Some(most) => batch.truncated((most - made) as usize),
-            None => batch,
-        };
-        made += batch.count() as u64;
-        report_batch(&batch);
-        world.report_staleness();
-        if !world.hand_over(runtime, output, batch) {
-            return Ok(());
-        }
+        Ok(())
     }
-    Ok(())
 }
 
 fn count_run(outcome: &'static str) {
@@ -401,126 +310,4 @@ fn report_batch(batch: &DreamBatch) {
     gauge!(telemetry::TEACHER_TOP1).set(batch.teacher_top1());
     let competition: f64 = batch.competition.iter().map(|js| f64::from(*js)).sum();
     gauge!(telemetry::COMPETITION_JS).set(competition / batch.count().max(1) as f64);
-}
-
-/// A student on the device.
-struct Adopted {
-    network: FrozenNetwork,
-    version: u64,
-}
-
-/// Everything outside the optimizer that a run meets.
-struct World {
-    device: Device,
-    kind: Kind,
-    students: watch::Receiver<Option<Arc<Student>>>,
-    recall: Recall,
-    adopted: Option<Adopted>,
-    /// The arrival of a student's last byte, and how long ago that was when the newest step began, until the first step
-    /// against it has been made.
-    unreported: Option<(Instant, Duration)>,
-    stop: CancellationToken,
-    status: Arc<EngineStatus>,
-}
-
-impl World {
-    fn adopt_newest(&mut self) {
-        if !self.students.has_changed().unwrap_or(false) {
-            return;
-        }
-        let Some(student) = self.students.borrow_and_update().clone() else { return };
-        let load = || FrozenNetwork::load(&student.spec, &student.checkpoint, self.device, self.kind);
-        let network = match catch_unwind(AssertUnwindSafe(load)) {
-            Ok(network) => network,
-            Err(panic) => {
-                let error = panic_message(&*panic);
-                tracing::error!(%error, version = student.version, "a student cannot be adopted; the one before stays");
-                return;
-            }
-        };
-        tracing::debug!(version = student.version, "adopted a student");
-        self.adopted = Some(Adopted { network, version: student.version });
-        self.unreported = Some((student.received_at, Duration::ZERO));
-        gauge!(telemetry::STUDENT_VERSION_ADOPTED).set(student.version as f64);
-    }
-
-    fn report_staleness(&self) {
-        let accepted = self.students.borrow().as_ref().map_or(0, |student| student.version);
-        let adopted = self.adopted.as_ref().map_or(0, |adopted| adopted.version);
-        gauge!(telemetry::STUDENT_STALENESS_VERSIONS).set(accepted.saturating_sub(adopted) as f64);
-    }
-
-    fn set_student_aside(&mut self) {
-        if let Some(adopted) = self.adopted.take() {
-            tracing::error!(version = adopted.version, "no run against this student succeeds; dreaming without one");
-            gauge!(telemetry::STUDENT_VERSION_ADOPTED).set(0.0);
-        }
-    }
-
-    /// Puts a batch into the queue, waiting as long as it is full; false where the engine must end.
-    fn hand_over(&self, runtime: &Handle, output: &async_channel::Sender<DreamBatch>, batch: DreamBatch) -> bool {
-        let batch = match output.try_send(batch) {
-            Ok(()) => return true,
-            Err(async_channel::TrySendError::Closed(_)) => return false,
-            Err(async_channel::TrySendError::Full(batch)) => batch,
-        };
-        self.status.enter(EngineState::Blocked);
-        runtime.block_on(async {
-            let mut send = pin!(output.send(batch));
-            loop {
-                tokio::select! {
-                    sent = &mut send => return sent.is_ok(),
-                    () = self.stop.cancelled() => return false,
-                    () = tokio::time::sleep(IDLE_HEARTBEAT) => self.status.beat(),
-                }
-            }
-        })
-    }
-
-    /// Does nothing for a while, or until told to stop.
-    fn rest(&self, runtime: &Handle, pause: Duration) {
-        let began = Instant::now();
-        while !self.stop.is_cancelled() && began.elapsed() < pause {
-            let nap = IDLE_HEARTBEAT.min(pause.saturating_sub(began.elapsed()));
-            runtime.block_on(async {
-                let _ = tokio::time::timeout(nap, self.stop.cancelled()).await;
-            });
-            self.status.beat();
-        }
-    }
-}
-
-impl Surroundings for World {
-    fn flow(&mut self) -> Flow {
-        self.status.beat();
-        if self.stop.is_cancelled() { Flow::Stop } else { Flow::Continue }
-    }
-
-    fn student(&mut self) -> Option<(&FrozenNetwork, u64)> {
-        self.adopt_newest();
-        if let Some((received, waited)) = &mut self.unreported {
-            *waited = received.elapsed();
-        }
-        self.adopted.as_ref().map(|adopted| (&adopted.network, adopted.version))
-    }
-
-    fn recall(&mut self, count: usize) -> Option<Recalled> {
-        (self.recall)(count)
-    }
-
-    fn step_done(&mut self, report: StepReport) {
-        histogram!(telemetry::OPTIMIZER_STEP_SECONDS).record(report.elapsed.as_secs_f64());
-        if report.student_version > 0
-            && let Some((_, waited)) = self.unreported.take()
-        {
-            histogram!(telemetry::STUDENT_ADOPTION_SECONDS).record(waited.as_secs_f64());
-        }
-        if let Some(losses) = report.losses {
-            gauge!(telemetry::LOSS, "term" => "total").set(losses.total);
-            for (term, value) in losses.terms {
-                gauge!(telemetry::LOSS, "term" => term).set(value);
-            }
-        }
-        self.report_staleness();
-    }
 }

@@ -73,6 +73,8 @@ metrics! {
     ENGINE_STATE = "dreamfeed_engine_state", Kind::Gauge, Count,
         "1 for the state that the engine is in, 0 for the others. state: loading, synthesizing, resting (see dreamfeed_demand), \
          blocked (the log is slower), finished, failed.";
+    SYNTHESIZER = "dreamfeed_synthesizer", Kind::Gauge, Count,
+        "1 for the synthesizer that makes the next batch, 0 for the others. synthesizer: adi, warm-adi, fast, hybrid, noise.";
     DEMAND = "dreamfeed_demand", Kind::Gauge, Count,
         "1 for the reason why images are made or not, 0 for the others. reason: always, wanted (a subscriber is nearly done with \
          what there is); and, not made: no_subscriber, lag (every subscriber has enough ahead of it), storage (it takes none).";
@@ -100,7 +102,7 @@ metrics! {
     STORAGE_FAULT = "dreamfeed_storage_fault", Kind::Gauge, Count,
         "1 while the storage takes no images and synthesis waits for it, otherwise 0.";
     STORAGE_ERRORS = "dreamfeed_storage_errors_total", Kind::Counter, Count,
-        "Calls to the storage that failed. operation: append, read, upkeep.";
+        "Calls to the storage that failed. operation: append, read, upkeep, generator.";
     LOG_BYTES = "dreamfeed_log_bytes", Kind::Gauge, Bytes, "Bytes in the log.";
     LOG_CAPACITY_BYTES = "dreamfeed_log_capacity_bytes", Kind::Gauge, Bytes, "The bound on those bytes, 0 = none.";
     LOG_EVICTED_CHUNKS = "dreamfeed_log_evicted_chunks_total", Kind::Counter, Count,

@@ -130,6 +130,23 @@ fn the_weighted_sum_is_the_sum_of_its_terms() {
     assert!(relative_error(&gradient, &sum("grad")) <= TOLERANCE);
 }
 
+/// Eight bits of mantissa carry the direction of the gradient, and everything that leaves the networks is f32.
+#[test]
+fn bf16_maps_give_nearly_the_same_gradient() {
+    let (golden, short) = (Golden::load(Kind::Float), Golden::load(Kind::BFloat16));
+    let (x, targets) = (golden.tensor("x", Kind::Float), golden.tensor("targets", Kind::Int64));
+    let settings = Settings { jitter: 0, ..Settings::preset("cifar10").unwrap() };
+    let gradient = |golden: &Golden| {
+        let (gradient, _) = adi::image_gradient(&golden.teacher, &settings, &x, &targets, Some(&golden.student));
+        assert_eq!(gradient.kind(), Kind::Float);
+        gradient
+    };
+    let (exact, rounded) = (gradient(&golden), gradient(&short));
+    let cosine = ((&exact * &rounded).sum(None) / (exact.norm() * rounded.norm())).double_value(&[]);
+    assert!(cosine > 0.99, "{cosine}");
+    assert_eq!(short.teacher.network.logits(&x).kind(), Kind::Float);
+}
+
 #[test]
 fn outputs_equal_pytorch() {
     let golden = Golden::load(Kind::Float);

@@ -7,7 +7,7 @@ mod support;
 use dreamfeed::client::{Batch, BatchStream, ClientError, Start};
 use dreamfeed::proto;
 use futures_util::StreamExt;
-use support::{Daemon, assert_consecutive, student, take, within};
+use support::{Daemon, assert_consecutive, images, student, take, within};
 use tonic::Code;
 
 /// Every tier in a step or two.
@@ -91,6 +91,24 @@ async fn an_unknown_tier_is_refused_and_nothing_changes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_command_line_switches_too() {
+    let daemon = start("noise");
+    let run = |name: &str| {
+        let connect = format!("http://{}", daemon.grpc);
+        let arguments = ["synthesizer", name, "--connect", &connect];
+        std::process::Command::new(env!("CARGO_BIN_EXE_dreamfeed")).args(arguments).output().unwrap()
+    };
+    let output = run("hybrid");
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "hybrid from the next batch on\n");
+    daemon.wait_metric("dreamfeed_synthesizer{synthesizer=\"hybrid\"}", 1.0);
+    daemon.wait_metric("dreamfeed_synthesizer{synthesizer=\"noise\"}", 0.0);
+    let client = daemon.client().await;
+    until(&mut client.stream(Start::Latest).await.unwrap(), "hybrid").await;
+    assert_eq!(run("quick").status.code(), Some(2));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn each_image_of_a_mixed_batch_says_which_tier_made_it() {
     let daemon = start("noise");
     let client = daemon.client().await;
@@ -115,6 +133,36 @@ async fn each_image_of_a_mixed_batch_says_which_tier_made_it() {
     for (sequence, code) in batch.sequences().unwrap().iter().zip(codes) {
         assert_eq!(makers[sequence], names[code as usize], "image {sequence}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn views_are_the_same_images_seen_otherwise() {
+    let arguments =
+        [&QUICK[..], &["--synthesizer", "adi", "--views", "2", "--view-augmentation", "shift:2"]].concat();
+    let daemon = Daemon::start(&arguments);
+    let batches = take(&mut daemon.client().await.stream(Start::Earliest).await.unwrap(), 48).await;
+    let labels: Vec<Vec<i64>> = batches.iter().map(|batch| batch.labels().unwrap()).collect();
+    for first in [0, 3] {
+        let whole = images(&batches[first].payload);
+        for view in [first + 1, first + 2] {
+            assert_eq!(labels[view], labels[first]);
+            for (image, seen) in whole.iter().zip(images(&batches[view].payload)) {
+                assert!(shifts(image, 2).any(|shifted| shifted == seen), "batch {view}");
+            }
+            assert_ne!(batches[view].teacher_logits().unwrap(), batches[first].teacher_logits().unwrap());
+        }
+    }
+    assert_ne!(images(&batches[3].payload), images(&batches[0].payload));
+}
+
+/// An 8x8 image moved by up to `reach` pixels in each direction, black where nothing is.
+fn shifts(image: &[u8], reach: i32) -> impl Iterator<Item = Vec<u8>> {
+    let moves = (-reach..=reach).flat_map(move |down| (-reach..=reach).map(move |right| (down, right)));
+    moves.map(|(down, right)| {
+        let at = |row: i32, column: i32| (0..8).contains(&row) && (0..8).contains(&column);
+        let places = (0..8).flat_map(|row| (0..8).map(move |column| (row - down, column - right)));
+        places.map(|(row, column)| if at(row, column) { image[(8 * row + column) as usize] } else { 0 }).collect()
+    })
 }
 
 #[tokio::test(flavor = "multi_thread")]

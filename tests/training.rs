@@ -145,6 +145,50 @@ async fn a_training_resumes_from_its_checkpoint() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_moving_average_is_saved_and_resumed_and_the_weights_are_pushed() {
+    use dreamfeed::model::checkpoint::Checkpoint;
+    let daemon = Daemon::start(&["--batch-size", "8", "--max-images", "32"]);
+    let folder = tempfile::tempdir().unwrap();
+    let (state, student) = (folder.path().join("state.safetensors"), folder.path().join("student.safetensors"));
+    let run = |steps: &str| {
+        let more = ["--ema", "0.9", "--steps", steps, "--checkpoint", state.to_str().unwrap()];
+        summary(distill(&daemon.grpc, folder.path(), &more))
+    };
+    run("5");
+    let first = Checkpoint::open(&student).unwrap();
+    assert_eq!(run("9")["steps"], 9);
+    let (written, state) = (Checkpoint::open(&student).unwrap(), Checkpoint::open(&state).unwrap());
+    assert_ne!(written.identity(), first.identity());
+    for (name, tensor) in written.tensors() {
+        assert_eq!(state.get(&format!("average.{name}")).unwrap().data, tensor.data, "{name}");
+    }
+    let fetched = daemon.client().await.fetch_student(0).await.unwrap().unwrap().checkpoint;
+    assert_ne!(fetched.identity(), written.identity());
+    assert_eq!(fetched.get("conv1.weight").unwrap().data, state.get("conv1.weight").unwrap().data);
+}
+
+#[test]
+fn bench_synth_prints_what_a_step_costs() {
+    let folder = tempfile::tempdir().unwrap();
+    let teacher = write_teacher(folder.path());
+    for precision in ["f32", "bf16"] {
+        let mut command =
+            dreamfeed(&["bench", "synth", "--device", "cpu", "--threads", "1", "--batch", "2", "--json"]);
+        command
+            .args(["--steps", "2", "--warmup", "1", "--profile", "--precision", precision, "--teacher"])
+            .arg(&teacher);
+        let report: serde_json::Value = serde_json::from_str(&succeeded(command.output().unwrap())).unwrap();
+        for key in ["step_seconds", "bare_seconds", "pytorch_seconds", "fraction_of_peak", "peak_memory_bytes"] {
+            assert!(report[key].as_f64().unwrap() > 0.0, "{key}: {report}");
+        }
+        assert_eq!(report["precision"], precision);
+        let parts: f64 =
+            report["profile"].as_object().unwrap().values().map(|seconds| seconds.as_f64().unwrap()).sum();
+        assert!((parts - report["step_seconds"].as_f64().unwrap()).abs() < 1e-6, "{report}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_signal_ends_a_training_with_everything_saved() {
     let daemon = Daemon::start(&["--batch-size", "8", "--max-images", "16"]);
     let folder = tempfile::tempdir().unwrap();

@@ -2,15 +2,14 @@
 
 use std::num::NonZeroU64;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tracing_subscriber::EnvFilter;
 
+use super::signals::stop_on_signal;
 use crate::device::DeviceArgs;
+use crate::model::augment::Augmentation;
 use crate::telemetry::{self, LogFormat};
-use crate::trainers::augment::Augmentation;
 use crate::trainers::distill::{self, Budget, Options};
 
 /// Nobody waits longer for a daemon; keeps deadlines within what clocks can hold.
@@ -165,29 +164,4 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         say!("wall time             {:.1} s", summary.wall_seconds);
     }
     Ok(())
-}
-
-/// Set by SIGINT or SIGTERM: the training then saves what it has and ends. A second signal ends the process at once.
-fn stop_on_signal() -> anyhow::Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    let seen = stop.clone();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    std::thread::Builder::new().name("signals".into()).spawn(move || {
-        runtime.block_on(async {
-            use tokio::signal::unix::{SignalKind, signal};
-            let (Ok(mut interrupt), Ok(mut terminate)) =
-                (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
-            else {
-                return;
-            };
-            for count in 0.. {
-                tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
-                if count > 0 {
-                    crate::native::exit_now(130);
-                }
-                seen.store(true, Ordering::Relaxed);
-            }
-        });
-    })?;
-    Ok(stop)
 }

@@ -14,7 +14,7 @@ use crate::model::labelled::accuracy;
 use crate::model::network::FrozenNetwork;
 use crate::model::source::{NetworkSource, SourceError, SourceOptions};
 use crate::synthesis::batch::DreamBatch;
-use crate::synthesis::settings::SynthesisOptions;
+use crate::synthesis::settings::{SynthesisOptions, SynthesizerKind};
 use crate::synthesis::{StepReport, Surroundings, Synthesizer, Teacher};
 
 /// Dreams images of one teacher without a daemon, and says what networks see in them.
@@ -113,10 +113,11 @@ fn open(
 pub fn run(args: Args) -> anyhow::Result<()> {
     let device = args.device.prepare()?;
     let source = NetworkSource::open(&args.teacher, &args.source)?;
-    let settings = args
-        .synthesis
-        .resolve(source.spec.num_classes)
-        .map_err(|problems| anyhow::anyhow!("{}", problems.join("; ")))?;
+    let mut options = args.synthesis;
+    // One batch for its own sake: the generator of the fast tier pays only over many.
+    options.synthesizer.get_or_insert(SynthesizerKind::Adi);
+    let settings =
+        options.resolve(source.spec.num_classes).map_err(|problems| anyhow::anyhow!("{}", problems.join("; ")))?;
     let teacher = Teacher::load(&source, device, args.precision.kind());
     let frozen = |path: &Path, arch: Option<&String>| -> anyhow::Result<FrozenNetwork> {
         let source = open(path, arch, &args.source, &source)?;

@@ -13,7 +13,9 @@ pub mod distill;
 pub mod dream;
 pub mod evaluate;
 pub mod log;
+pub mod prune;
 pub mod serve;
+mod signals;
 pub mod synthesizer;
 
 use std::io::{self, Write};
@@ -35,6 +37,7 @@ enum Command {
     Serve(Box<serve::Args>),
     Distill(Box<distill::Args>),
     Evaluate(Box<evaluate::Args>),
+    Prune(Box<prune::Args>),
     Dream(Box<dream::Args>),
     Bench(Box<bench::Args>),
     Log(Box<log::Args>),
@@ -53,6 +56,7 @@ pub fn run() -> anyhow::Result<()> {
         }
         Command::Distill(args) => distill::run(*args),
         Command::Evaluate(args) => evaluate::run(*args),
+        Command::Prune(args) => prune::run(*args),
         Command::Dream(args) => dream::run(*args),
         Command::Bench(args) => bench::run(*args),
         Command::Log(args) => log::run(*args),

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use safetensors::Dtype;
 use tch::{Device, Kind, Tensor};
 
+use super::channels::Kept;
 use super::checkpoint::{Checkpoint, TensorToWrite, encode};
 use super::network::{BN_EPSILON, channels_last, pad_shortcut, to_device};
 use super::source::NetworkSource;
@@ -72,6 +73,19 @@ impl TrainableNetwork {
         self.trainable.iter().map(|name| (name.as_str(), self.tensor(name)))
     }
 
+    /// The network without channels, as [`channels::without`](super::channels::without) says it.
+    pub fn shrunk(&self, spec: &NetworkSpec, kept: &[(String, Kept)]) -> Self {
+        let _guard = tch::no_grad_guard();
+        let mut tensors = BTreeMap::new();
+        for (name, tensor) in &self.tensors {
+            let kept = kept.iter().find(|(kept, _)| kept == name).map(|(_, kept)| kept);
+            let smaller = kept.map_or_else(|| tensor.detach().copy(), |kept| shrink(tensor, kept));
+            let smaller = if smaller.dim() == 4 { channels_last(&smaller) } else { smaller };
+            tensors.insert(name.clone(), smaller.set_requires_grad(tensor.requires_grad()));
+        }
+        Self { spec: spec.clone(), tensors, trainable: self.trainable.clone() }
+    }
+
     /// Every tensor and its name, in order of name.
     pub fn tensors(&self) -> impl Iterator<Item = (&str, &Tensor)> {
         self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor))
@@ -85,6 +99,11 @@ impl TrainableNetwork {
             tensors: self.tensors.iter().map(copy).collect(),
             trainable: self.trainable.clone(),
         }
+    }
+
+    /// The parameter of this name.
+    pub fn parameter(&self, name: &str) -> Option<&Tensor> {
+        self.tensors.get(name)
     }
 
     fn tensor(&self, name: &str) -> &Tensor {
@@ -147,6 +166,17 @@ impl TrainableNetwork {
         let tensors = self.tensors.iter().map(|(name, tensor)| (name.clone(), tensor)).chain(more.iter().cloned());
         write(tensors, &like.0)
     }
+}
+
+/// The parts of a tensor that stay.
+pub fn shrink(tensor: &Tensor, kept: &Kept) -> Tensor {
+    let mut smaller = tensor.detach().copy();
+    for (dimension, indices) in [(0, &kept.rows), (1, &kept.columns)] {
+        if let Some(indices) = indices {
+            smaller = smaller.index_select(dimension, &Tensor::from_slice(indices).to_device(tensor.device()));
+        }
+    }
+    smaller
 }
 
 /// Tensors as safetensors, in order of name, as f32.

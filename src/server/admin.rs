@@ -14,6 +14,7 @@ use super::context::{Context, Readiness};
 use crate::delivery::{Lag, Reason};
 use crate::engine::EngineState;
 use crate::synthesis::batch::DreamBatch;
+use crate::synthesis::settings::SynthesizerKind;
 use crate::telemetry;
 
 /// What the pages show.
@@ -108,6 +109,11 @@ impl Pages {
         let reason = (self.reason)();
         for other in Reason::ALL {
             metrics::gauge!(telemetry::DEMAND, "reason" => other.name()).set(f64::from(u8::from(other == reason)));
+        }
+        let synthesizer = *self.context.synthesizer.borrow();
+        for kind in SynthesizerKind::ALL {
+            metrics::gauge!(telemetry::SYNTHESIZER, "synthesizer" => kind.name())
+                .set(f64::from(u8::from(kind == synthesizer)));
         }
         let state = self.context.engine.state();
         for value in EngineState::ALL {

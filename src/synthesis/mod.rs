@@ -154,6 +154,18 @@ pub struct Synthesizer {
     rng: ChaCha8Rng,
     /// From the first batch that needs it.
     generator: Option<FastGenerator>,
+    /// The batch that is handed over again in other views, and how often.
+    viewed: Option<(Made, u32)>,
+}
+
+/// A batch before networks look at it for the last time.
+#[derive(Debug)]
+struct Made {
+    /// u8, `[N, C, H, W]`.
+    pixels: Tensor,
+    /// The class of each; without, the teacher says what it sees.
+    labels: Option<Vec<i64>>,
+    student_version: u64,
 }
 
 impl Synthesizer {
@@ -166,6 +178,7 @@ impl Synthesizer {
             json: settings.json(),
             settings,
             generator: None,
+            viewed: None,
         }
     }
 
@@ -177,6 +190,7 @@ impl Synthesizer {
     /// The next batch is made by another synthesizer; everything else stays, the generator too.
     pub fn switch(&mut self, kind: SynthesizerKind) {
         self.settings.synthesizer = kind;
+        self.viewed = None;
         self.json = self.settings.json();
     }
 
@@ -190,19 +204,47 @@ impl Synthesizer {
         self.generator = Some(generator);
     }
 
-    /// Makes one batch of `batch_size` images.
+    /// Makes one batch of `batch_size` images, or the next view of the last one.
     pub fn run(
         &mut self,
         teacher: &Teacher,
         surroundings: &mut dyn Surroundings,
     ) -> Result<DreamBatch, SynthesisError> {
+        if surroundings.flow() == Flow::Stop {
+            return Err(SynthesisError::Stopped);
+        }
+        let made = match self.viewed.take().filter(|(_, left)| *left > 0) {
+            Some((made, left)) => {
+                let pixels = self.settings.view_augmentation.apply(&made.pixels, &mut self.rng);
+                let (labels, student_version) = (made.labels.clone(), made.student_version);
+                self.viewed = Some((made, left - 1));
+                Made { pixels, labels, student_version }
+            }
+            None => {
+                let (done, labels) = self.make(teacher, surroundings)?;
+                let pixels = tch::no_grad(|| teacher.pixels.quantize(&done.images));
+                let made = Made { pixels, labels, student_version: done.student_version };
+                // Noise has no class that a view could keep.
+                if self.settings.views > 0 && made.labels.is_some() {
+                    let again = Made { pixels: made.pixels.shallow_clone(), labels: made.labels.clone(), ..made };
+                    self.viewed = Some((again, self.settings.views));
+                }
+                made
+            }
+        };
+        Ok(finish(teacher, made, (self.settings.synthesizer, &self.json), surroundings))
+    }
+
+    /// Images, and the class of each unless they are noise.
+    fn make(
+        &mut self,
+        teacher: &Teacher,
+        surroundings: &mut dyn Surroundings,
+    ) -> Result<(Optimized, Option<Vec<i64>>), SynthesisError> {
         let kind = self.settings.synthesizer;
         if kind == SynthesizerKind::Noise {
-            if surroundings.flow() == Flow::Stop {
-                return Err(SynthesisError::Stopped);
-            }
-            let noise = Optimized { images: initial_images(teacher, self.settings.batch_size), student_version: 0 };
-            return Ok(finish(teacher, &noise, None, (kind, &self.json), surroundings));
+            let images = initial_images(teacher, self.settings.batch_size);
+            return Ok((Optimized { images, student_version: 0 }, None));
         }
         let recalled = match kind {
             SynthesizerKind::WarmAdi => surroundings.recall(self.settings.batch_size),
@@ -224,7 +266,7 @@ impl Synthesizer {
         };
         let (images, iterations) = match (kind, generated, start) {
             (SynthesizerKind::Fast, Some(done), _) => {
-                return Ok(finish(teacher, &done, Some(labels), (kind, &self.json), surroundings));
+                return Ok((done, Some(labels)));
             }
             (_, Some(generated), _) => (generated.images, settings.hybrid_iterations),
             (_, None, Some(recalled)) => (recalled, settings.warm_iterations),
@@ -232,7 +274,7 @@ impl Synthesizer {
         };
         let settings = Settings { iterations, ..settings.clone() };
         let done = adi::optimize(teacher, &settings, images, &targets, rng, surroundings)?;
-        Ok(finish(teacher, &done, Some(labels), (kind, &self.json), surroundings))
+        Ok((done, Some(labels)))
     }
 }
 
@@ -251,16 +293,15 @@ pub fn initial_images(teacher: &Teacher, count: usize) -> Tensor {
     Tensor::randn(size, (Kind::Float, Device::Cpu)).to_device(teacher.device()).to_kind(teacher.kind())
 }
 
-/// Quantizes images and asks both networks what they see in exactly these pixels. Without labels the teacher gives them.
+/// Asks both networks what they see in exactly these pixels. Without labels the teacher gives them.
 fn finish(
     teacher: &Teacher,
-    done: &Optimized,
-    labels: Option<Vec<i64>>,
+    made: Made,
     (kind, json): (SynthesizerKind, &Arc<str>),
     surroundings: &mut dyn Surroundings,
 ) -> DreamBatch {
     let _guard = tch::no_grad_guard();
-    let pixels = teacher.pixels.quantize(&done.images);
+    let Made { pixels, labels, student_version } = made;
     let count = pixels.size()[0] as usize;
     let normalized = teacher.pixels.normalize(&pixels);
     let logits = teacher.network.logits(&normalized);
@@ -284,7 +325,7 @@ fn finish(
         images: bytes,
         labels,
         teacher_logits: host_f32(&logits),
-        student_version: vec![done.student_version as i64; count],
+        student_version: vec![student_version as i64; count],
         competition,
         geometry: teacher.geometry,
         num_classes: teacher.num_classes(),

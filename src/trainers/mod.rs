@@ -1,9 +1,10 @@
 //! Trainers: ordinary clients of the daemon, with no back door.
 
-pub mod augment;
 pub mod average;
 pub mod distill;
 pub mod feed;
+mod files;
 pub mod progress;
+pub mod prune;
 pub mod replay;
 pub mod sgd;

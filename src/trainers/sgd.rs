@@ -4,9 +4,10 @@ use std::collections::HashMap;
 
 use tch::Tensor;
 
+use crate::model::channels::Kept;
 use crate::model::checkpoint::Checkpoint;
 use crate::model::network::to_device;
-use crate::model::trainable::TrainableNetwork;
+use crate::model::trainable::{TrainableNetwork, shrink};
 
 /// The prefix of momentum buffers in a training checkpoint.
 const PREFIX: &str = "momentum.";
@@ -40,6 +41,15 @@ impl Sgd {
     /// The history, for a training checkpoint.
     pub fn state(&self) -> Vec<(String, &Tensor)> {
         self.buffers.iter().map(|(name, buffer)| (format!("{PREFIX}{name}"), buffer)).collect()
+    }
+
+    /// Goes on with a network that lost channels.
+    pub fn shrink(&mut self, kept: &[(String, Kept)]) {
+        for (name, kept) in kept {
+            if let Some(buffer) = self.buffers.get_mut(name) {
+                *buffer = shrink(buffer, kept);
+            }
+        }
     }
 
     /// Changes the parameters by their gradients and clears these.

@@ -1,5 +1,6 @@
 //! `dreamfeed bench synth`: what one optimizer step costs.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -9,7 +10,8 @@ use super::plain::{PlainNetwork, PlainStep};
 use crate::device::{DeviceArgs, Precision};
 use crate::model::network::FrozenNetwork;
 use crate::model::source::{NetworkSource, SourceOptions};
-use crate::synthesis::settings::SynthesisOptions;
+use crate::synthesis::objective;
+use crate::synthesis::settings::{Settings, SynthesisOptions, SynthesizerKind};
 use crate::synthesis::{Flow, StepReport, Surroundings, SynthesisError, Synthesizer, Teacher};
 
 #[derive(Debug, clap::Args)]
@@ -36,6 +38,9 @@ pub(super) struct Args {
     /// The element type of the networks' maps.
     #[arg(long, value_enum, default_value = "f32")]
     precision: Precision,
+    /// Also time the parts of a step one by one.
+    #[arg(long)]
+    profile: bool,
     /// Leave out the plain autograd step, which is slow.
     #[arg(long)]
     no_plain: bool,
@@ -80,6 +85,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
     let options = SynthesisOptions {
         batch_size: Some(args.batch),
         iterations: Some(u32::from(args.steps) + u32::from(args.warmup) + 1),
+        synthesizer: Some(SynthesizerKind::Adi),
         ..args.synthesis
     };
     let settings =
@@ -122,6 +128,11 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
     // Forward and backward to the input: each multiply-add twice, and two operations each.
     let operations = 4.0 * (source.spec.multiply_adds(height, width) + students) as f64 * args.batch as f64;
 
+    let parts = args.profile.then(|| {
+        let competitor = competes.then_some(&student);
+        profile(&teacher, competitor, &settings, &x, &mut |work| median(runs().map(|_| timed(work)), args.warmup))
+    });
+
     let mut synthesizer = Synthesizer::new(settings.clone(), teacher.num_classes(), 0);
     let wanted = usize::from(args.steps) + usize::from(args.warmup);
     let mut timing = Timing { student, last: Instant::now(), steps: Vec::new(), wanted };
@@ -138,6 +149,11 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
         let mut plain = PlainStep::new(load(&source), competes.then(|| load(&student_source)), settings, &x);
         median(runs().map(|_| timed(&mut || plain.step())), args.warmup)
     });
+    let parts = parts.map(|mut parts| {
+        let known: f64 = parts.iter().map(|(_, seconds)| seconds).sum();
+        parts.push(("jitter, flip, Adam, clipping, and the rest", step - known));
+        parts
+    });
     let (images, fraction) = (args.batch as f64 / step, operations / step / peak);
     if args.json {
         let report = serde_json::json!({
@@ -145,6 +161,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
             "steps": args.steps, "competes": competes, "precision": args.precision, "images_per_second": images,
             "ratio_to_bare": step / bare, "ratio_to_pytorch": plain.map(|plain| step / plain),
             "matmul_peak_flops": peak, "fraction_of_peak": fraction, "peak_memory_bytes": peak_memory,
+            "profile": parts.map(|parts| parts.into_iter().collect::<BTreeMap<_, _>>()),
         });
         say!("{report}");
         return Ok(());
@@ -159,7 +176,54 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
     if let Some(bytes) = peak_memory {
         say!("peak memory of the process                  {:.0} MB", bytes as f64 / 1e6);
     }
+    for (name, seconds) in parts.unwrap_or_default() {
+        say!("{name:<43} {seconds:.4} s ({:.0} %)", 100.0 * seconds / step);
+    }
     Ok(())
+}
+
+/// The parts of a step, timed one by one: what a part costs is what the work costs with it less what it costs without.
+fn profile(
+    teacher: &Teacher,
+    student: Option<&FrozenNetwork>,
+    settings: &Settings,
+    x: &Tensor,
+    time: &mut dyn FnMut(&mut dyn FnMut()) -> f64,
+) -> Vec<(&'static str, f64)> {
+    let networks = || std::iter::once(&teacher.network).chain(student);
+    let targets = Tensor::arange(x.size()[0], (Kind::Int64, x.device())).remainder(teacher.num_classes() as i64);
+    let recorded = teacher.network.forward(x, true);
+    let student_logits = student.map(|network| network.logits(x));
+    let evaluate = || {
+        let (logits, statistics) = (&recorded.logits, &recorded.statistics);
+        objective::evaluate(settings, x, &targets, logits, statistics, student_logits.as_ref())
+    };
+    let loss = evaluate();
+    let forward = time(&mut || networks().for_each(|network| _ = network.forward(x, false)));
+    let tapped = time(&mut || _ = teacher.network.forward(x, true));
+    let untapped = time(&mut || _ = teacher.network.forward(x, false));
+    let objective = time(&mut || _ = evaluate());
+    let mut both = |statistics: bool| {
+        time(&mut || {
+            for (index, network) in networks().enumerate() {
+                let tap = statistics && index == 0;
+                let gradients = if tap { loss.statistics.as_slice() } else { &[] };
+                let logits = if index == 0 { Some(&loss.teacher_logits) } else { loss.student_logits.as_ref() };
+                if let Some(logits) = logits {
+                    let _ = network.backward(network.forward(x, tap), logits, gradients);
+                }
+            }
+        })
+    };
+    let (with, without) = (both(true), both(false));
+    let statistics = tapped - untapped;
+    vec![
+        ("forward: convolutions, ReLU, shortcuts", forward),
+        ("statistics of every batch norm's input", statistics),
+        ("losses and their gradients at the networks", objective),
+        ("backward to the image", without - forward),
+        ("backward of the statistics", with - without - statistics),
+    ]
 }
 
 fn synchronize(device: tch::Device) {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::Serialize;
 use tch::Device;
 
-use crate::trainers::augment::Augmentation;
+use crate::model::augment::Augmentation;
 
 /// How long to train.
 #[derive(Clone, Copy, Debug)]

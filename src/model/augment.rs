@@ -1,14 +1,17 @@
-//! What a trainer does to images before each step.
+//! Shifted and mirrored images.
 
 use std::fmt;
 use std::str::FromStr;
 
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-/// Random changes that leave an image's class alone. The teacher's logits are those of the unchanged image.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// Random changes that leave the class of a real image alone. Of a dream the teacher can think otherwise once it is shifted
+/// or mirrored, so logits belong to the changed image.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct Augmentation {
     /// Each image moves by up to this many pixels in each direction; black comes in at the edges.
     pub shift: u32,
@@ -34,6 +37,20 @@ impl FromStr for Augmentation {
             }
         }
         Ok(this)
+    }
+}
+
+impl TryFrom<String> for Augmentation {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<Augmentation> for String {
+    fn from(augmentation: Augmentation) -> Self {
+        augmentation.to_string()
     }
 }
 

@@ -1,0 +1,144 @@
+//! What a synthesis run meets between two optimizer steps: the newest student, the wish to end, the queue to the log.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use metrics::{gauge, histogram};
+use tch::{Device, Kind};
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::{EngineState, EngineStatus, Recall, panic_message};
+use crate::model::network::FrozenNetwork;
+use crate::students::Student;
+use crate::synthesis::batch::DreamBatch;
+use crate::synthesis::{Flow, Recalled, StepReport, Surroundings};
+use crate::telemetry;
+
+/// How often an idle or blocked engine says that it is alive.
+const IDLE_HEARTBEAT: Duration = Duration::from_millis(500);
+
+/// A student on the device.
+pub(super) struct Adopted {
+    network: FrozenNetwork,
+    version: u64,
+}
+
+/// Everything outside the optimizer that a run meets.
+pub(super) struct World {
+    pub device: Device,
+    pub kind: Kind,
+    pub students: watch::Receiver<Option<Arc<Student>>>,
+    pub recall: Recall,
+    pub adopted: Option<Adopted>,
+    /// The arrival of a student's last byte, and how long ago that was when the newest step began, until the first step
+    /// against it has been made.
+    pub unreported: Option<(Instant, Duration)>,
+    pub stop: CancellationToken,
+    pub status: Arc<EngineStatus>,
+}
+
+impl World {
+    fn adopt_newest(&mut self) {
+        if !self.students.has_changed().unwrap_or(false) {
+            return;
+        }
+        let Some(student) = self.students.borrow_and_update().clone() else { return };
+        let load = || FrozenNetwork::load(&student.spec, &student.checkpoint, self.device, self.kind);
+        let network = match catch_unwind(AssertUnwindSafe(load)) {
+            Ok(network) => network,
+            Err(panic) => {
+                let error = panic_message(&*panic);
+                tracing::error!(%error, version = student.version, "a student cannot be adopted; the one before stays");
+                return;
+            }
+        };
+        tracing::debug!(version = student.version, "adopted a student");
+        self.adopted = Some(Adopted { network, version: student.version });
+        self.unreported = Some((student.received_at, Duration::ZERO));
+        gauge!(telemetry::STUDENT_VERSION_ADOPTED).set(student.version as f64);
+    }
+
+    pub fn report_staleness(&self) {
+        let accepted = self.students.borrow().as_ref().map_or(0, |student| student.version);
+        let adopted = self.adopted.as_ref().map_or(0, |adopted| adopted.version);
+        gauge!(telemetry::STUDENT_STALENESS_VERSIONS).set(accepted.saturating_sub(adopted) as f64);
+    }
+
+    pub fn set_student_aside(&mut self) {
+        if let Some(adopted) = self.adopted.take() {
+            tracing::error!(version = adopted.version, "no run against this student succeeds; dreaming without one");
+            gauge!(telemetry::STUDENT_VERSION_ADOPTED).set(0.0);
+        }
+    }
+
+    /// Puts a batch into the queue, waiting as long as it is full; false where the engine must end.
+    pub fn hand_over(&self, runtime: &Handle, output: &async_channel::Sender<DreamBatch>, batch: DreamBatch) -> bool {
+        let batch = match output.try_send(batch) {
+            Ok(()) => return true,
+            Err(async_channel::TrySendError::Closed(_)) => return false,
+            Err(async_channel::TrySendError::Full(batch)) => batch,
+        };
+        self.status.enter(EngineState::Blocked);
+        runtime.block_on(async {
+            let mut send = pin!(output.send(batch));
+            loop {
+                tokio::select! {
+                    sent = &mut send => return sent.is_ok(),
+                    () = self.stop.cancelled() => return false,
+                    () = tokio::time::sleep(IDLE_HEARTBEAT) => self.status.beat(),
+                }
+            }
+        })
+    }
+
+    /// Does nothing for a while, or until told to stop.
+    pub fn rest(&self, runtime: &Handle, pause: Duration) {
+        let began = Instant::now();
+        while !self.stop.is_cancelled() && began.elapsed() < pause {
+            let nap = IDLE_HEARTBEAT.min(pause.saturating_sub(began.elapsed()));
+            runtime.block_on(async {
+                let _ = tokio::time::timeout(nap, self.stop.cancelled()).await;
+            });
+            self.status.beat();
+        }
+    }
+}
+
+impl Surroundings for World {
+    fn flow(&mut self) -> Flow {
+        self.status.beat();
+        if self.stop.is_cancelled() { Flow::Stop } else { Flow::Continue }
+    }
+
+    fn student(&mut self) -> Option<(&FrozenNetwork, u64)> {
+        self.adopt_newest();
+        if let Some((received, waited)) = &mut self.unreported {
+            *waited = received.elapsed();
+        }
+        self.adopted.as_ref().map(|adopted| (&adopted.network, adopted.version))
+    }
+
+    fn recall(&mut self, count: usize) -> Option<Recalled> {
+        (self.recall)(count)
+    }
+
+    fn step_done(&mut self, report: StepReport) {
+        histogram!(telemetry::OPTIMIZER_STEP_SECONDS).record(report.elapsed.as_secs_f64());
+        if report.student_version > 0
+            && let Some((_, waited)) = self.unreported.take()
+        {
+            histogram!(telemetry::STUDENT_ADOPTION_SECONDS).record(waited.as_secs_f64());
+        }
+        if let Some(losses) = report.losses {
+            gauge!(telemetry::LOSS, "term" => "total").set(losses.total);
+            for (term, value) in losses.terms {
+                gauge!(telemetry::LOSS, "term" => term).set(value);
+            }
+        }
+        self.report_staleness();
+    }
+}
