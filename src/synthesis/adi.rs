@@ -33,12 +33,12 @@ pub fn schedule_factor(schedule: Schedule, step: u32, steps: u32) -> f64 {
 /// The roll and mirror that a whole batch gets at one step. Both are permutations of pixels, so the gradient goes back
 /// through their inverse.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Augmentation {
+pub(super) struct Jitter {
     shift: [i64; 2],
     mirrored: bool,
 }
 
-impl Augmentation {
+impl Jitter {
     pub(super) fn draw(settings: &Settings, rng: &mut ChaCha8Rng) -> Self {
         let reach = i64::from(settings.jitter);
         Self {
@@ -120,8 +120,8 @@ pub(super) fn optimize(
             return Err(SynthesisError::Stopped);
         }
         let began = Instant::now();
-        let augmentation = Augmentation::draw(settings, rng);
-        let seen = augmentation.apply(&images);
+        let jitter = Jitter::draw(settings, rng);
+        let seen = jitter.apply(&images);
 
         // Without competition a student would be a forward and a backward pass for a gradient of zero.
         let student = if settings.compete_weight > 0.0 { surroundings.student() } else { None };
@@ -129,7 +129,7 @@ pub(super) fn optimize(
         let (gradient, loss) = image_gradient(teacher, settings, &seen, targets, student.map(|(net, _)| net));
         let rate = settings.learning_rate * schedule_factor(settings.schedule, step, settings.iterations);
         tch::no_grad(|| {
-            adam.step(&mut images, &augmentation.undo(&gradient).contiguous(), rate);
+            adam.step(&mut images, &jitter.undo(&gradient).contiguous(), rate);
             if settings.clip {
                 teacher.pixels.clip(&mut images);
             }
@@ -155,13 +155,13 @@ mod tests {
     use tch::Kind;
 
     #[test]
-    fn augmentation_is_undone_exactly() {
+    fn jitter_is_undone_exactly() {
         let settings = Settings { jitter: 3, flip: true, ..Settings::preset("cifar10").unwrap() };
         let mut rng = ChaCha8Rng::seed_from_u64(7);
         let x = Tensor::randn([2, 3, 8, 9], (Kind::Float, tch::Device::Cpu));
         for _ in 0..20 {
-            let augmentation = Augmentation::draw(&settings, &mut rng);
-            assert_eq!(augmentation.undo(&augmentation.apply(&x)), x);
+            let jitter = Jitter::draw(&settings, &mut rng);
+            assert_eq!(jitter.undo(&jitter.apply(&x)), x);
         }
     }
 

@@ -10,7 +10,7 @@ use rand_chacha::ChaCha8Rng;
 use tch::{Device, Kind, Tensor};
 
 use super::adam::Adam;
-use super::adi::{Augmentation, gradient_beside};
+use super::adi::{Jitter, gradient_beside};
 use super::memory::StatisticsMemory;
 use super::objective::LossReport;
 use super::settings::{Meta, Settings};
@@ -108,14 +108,14 @@ impl FastGenerator {
             let began = Instant::now();
             let x = teacher.pixels.normalize_unit(&copy.forward(&latent, one_hot.as_ref()));
             let made = x.detach();
-            let augmentation = Augmentation::draw(settings, rng);
-            let seen = augmentation.apply(&made);
+            let jitter = Jitter::draw(settings, rng);
+            let seen = jitter.apply(&made);
             let student = if fast.compete_weight > 0.0 { surroundings.student() } else { None };
             student_version = student.map_or(student_version, |(_, version)| version);
             let student = student.map(|(network, _)| network);
             let (gradient, loss) =
                 gradient_beside(teacher, &weighed, &seen, targets, student, Some(&mut self.memory));
-            let gradient = augmentation.undo(&gradient);
+            let gradient = jitter.undo(&gradient);
             let leaves: Vec<&Tensor> = copy.parameters().iter().chain([&latent]).collect();
             let mut gradients = Tensor::run_backward(&[(x * gradient).sum(None)], &leaves, false, false);
             let last = step + 1 == fast.steps;

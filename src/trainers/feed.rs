@@ -13,7 +13,7 @@ use tonic::Code;
 use crate::client::{Backoff, Batch, Client, ClientError, Start, retry};
 use crate::proto;
 
-/// Batches that may wait for the training loop.
+/// Batches that may wait for the training loop; what waits here was made against an older student.
 const WAITING_BATCHES: usize = 1;
 
 /// What the feed has seen so far.
