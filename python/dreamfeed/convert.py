@@ -149,7 +149,7 @@ def _load(source: Path) -> object:
             f"{source} holds more than tensors and plain values, and code in it is not run ({first}). "
             "Where you trust it, load it in the program that made it and save model.state_dict()"
         ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # the unpickler meets what is no pickle with whatever it stumbles over
         raise ConvertError(f"{source} is not a file of torch.save: {error}") from error
 
 

@@ -20,8 +20,9 @@ import torch
 from grpc_tools import protoc
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "python")]
 import cifar_resnet  # noqa: E402
+import dreamfeed  # noqa: E402
 
 BINARY = ROOT / "target/release/dreamfeed"
 CHANNELS, CLASSES, SIZE, BATCH = 3, 5, (16, 16), 24
@@ -76,7 +77,8 @@ def contract(tmp_path_factory: pytest.TempPathFactory) -> Contract:
         ]
     )
     assert code == 0, "grpcio-tools does not accept the proto"
-    sys.path.insert(0, str(out))
+    # The Python package of the same name has no package v1, and lends its name to these.
+    dreamfeed.__path__.append(str(out / "dreamfeed"))
     return Contract(
         messages=importlib.import_module("dreamfeed.v1.dreamfeed_pb2"),
         services=importlib.import_module("dreamfeed.v1.dreamfeed_pb2_grpc"),
@@ -91,9 +93,11 @@ def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.contextmanager
-def daemon(teacher_file: Path, folder: Path) -> Iterator[tuple[str, subprocess.Popen, Path]]:
-    """A fresh daemon with the cheap synthesizer on free ports, its store in `folder`/store: its address, its process
-    and its log. It must drain and exit with 0 on SIGTERM."""
+def daemon(
+    teacher_file: Path, folder: Path, listen: str = "127.0.0.1:0"
+) -> Iterator[tuple[str, subprocess.Popen, Path]]:
+    """A daemon with the cheap synthesizer, on free ports unless told, its store in `folder`/store: its address, its
+    process and its log. It must drain and exit with 0 on SIGTERM."""
     if not BINARY.exists():
         pytest.fail(f"{BINARY} is not built; `make test` builds it")
     ready_file, log = folder / "ready.json", folder / "serve.log"
@@ -103,7 +107,7 @@ def daemon(teacher_file: Path, folder: Path) -> Iterator[tuple[str, subprocess.P
         *("--teacher", str(teacher_file), "--synthesizer", "noise", "--batch-size", str(BATCH)),
         *("--store", str(folder / "store")),
         *("--max-images", str(4 * BATCH), "--seed", "7", "--threads", "1"),
-        *("--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", "--ready-file", str(ready_file)),
+        *("--listen", listen, "--admin-listen", "127.0.0.1:0", "--ready-file", str(ready_file)),
     ]
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, cwd=folder)
