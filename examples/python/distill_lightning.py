@@ -12,9 +12,9 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from dreamfeed import Batch, Client, DreamStream
-from dreamfeed.lightning import PushStudent
+from dreamfeed.lightning import PushStudent, StreamCheckpoint
 from torch import Tensor
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cifar_resnet
@@ -57,11 +57,12 @@ def main() -> None:
     stream = DreamStream(args.connect, start="earliest", batch_size=args.batch_size, replay=0.5)
     trainer = pl.Trainer(
         max_steps=args.steps,
-        callbacks=[PushStudent(client, args.arch, every_n_steps=args.push_every, student="student")],
+        callbacks=[
+            PushStudent(client, args.arch, every_n_steps=args.push_every, student="student"),
+            StreamCheckpoint(stream),
+        ],
     )
-    trainer.fit(
-        Distillation(student, args.steps), StatefulDataLoader(stream, batch_size=None), ckpt_path=args.resume
-    )
+    trainer.fit(Distillation(student, args.steps), DataLoader(stream, batch_size=None), ckpt_path=args.resume)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""A callback for Lightning that pushes the student. Works with ``lightning`` and with ``pytorch_lightning``."""
+"""Callbacks for Lightning: push the student, keep the stream's position. For ``lightning`` and ``pytorch_lightning``."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from torch import nn
 
+from dreamfeed._batch import Batch
 from dreamfeed.client import Client
 from dreamfeed.pusher import StudentPusher
+from dreamfeed.stream import DreamStream, merge_states
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -90,3 +93,36 @@ class PushStudent(Callback):
         pusher, self._pusher = self._pusher, None
         if pusher is not None:
             pusher.close(timeout)
+
+
+class StreamCheckpoint(Callback):
+    """Keeps the position after the last batch that was *trained on* in Lightning's checkpoints, of all ranks.
+
+    ``Trainer.fit(..., ckpt_path=...)`` then goes on with the very next image, with a plain DataLoader and any number of
+    workers. A StatefulDataLoader alone does not do that: Lightning fetches one batch ahead, and keeps the position
+    after that.
+
+    Args:
+        stream: the dataset of the training's DataLoader; its batches must reach ``training_step`` as they are.
+    """
+
+    def __init__(self, stream: DreamStream) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self._stream.record(batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        state = self._stream.state_dict()
+        if not (dist.is_available() and dist.is_initialized()):
+            return state
+        # Lightning asks every rank, and keeps what rank zero says.
+        states: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(states, state)
+        return merge_states(*states)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._stream.load_state_dict(state_dict)

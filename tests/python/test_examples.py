@@ -8,8 +8,9 @@ from pathlib import Path
 
 import cifar_resnet
 import pytest
+import torch
 from conftest import BATCH, CLASS_NAMES, ROOT, SIZE, daemon
-from dreamfeed import Client
+from dreamfeed import Client, DreamStream
 
 EXAMPLES = ROOT / "examples/python"
 SECONDS = 120
@@ -48,5 +49,9 @@ def test_distill_with_lightning_pushes_and_resumes(client: Client, tmp_path: Pat
     run("distill_lightning.py", client, tmp_path, "--steps", "4")
     assert client.fetch_student()[1].step == 4
     (checkpoint,) = tmp_path.glob("lightning_logs/*/checkpoints/*.ckpt")
+    # Half of each batch is replayed; what Lightning had fetched ahead was not trained on.
+    stream = DreamStream(client.address, batch_size=1)
+    stream.load_state_dict(torch.load(checkpoint, weights_only=True)["callbacks"]["StreamCheckpoint"])
+    assert next(iter(stream)).info.first_sequence == 4 * BATCH // 2
     run("distill_lightning.py", client, tmp_path, "--steps", "5", "--resume", str(checkpoint))
     assert client.fetch_student()[1].step == 5
