@@ -1,8 +1,9 @@
 """How fast batches come out of DreamStream, beside an in-memory TensorDataset in the same DataLoader.
 
-Batches of 256 images of 3x32x32 in replay, f32 normalized, with labels and the teacher's logits. The daemon (one process,
-on the same cores) holds noise images labelled by a random ResNet-20 and makes no more: what is in them does not matter
-here. Both loaders take turns, for several rounds, and the best of each counts. Writes out/bench/python_client.json.
+Batches of 256 images of 3x32x32 in replay, f32 normalized, with labels and the teacher's logits. The daemon (one
+process, on the same cores) holds noise images labelled by a random ResNet-20 and makes no more: what is in them does
+not matter here. Both loaders take turns, for several rounds, and the best of each counts. Writes
+out/bench/python_client.json.
 
     .venv/bin/python benches/python_client.py
 """

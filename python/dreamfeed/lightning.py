@@ -1,4 +1,4 @@
-"""Callbacks for Lightning: push the student, keep the stream's position. For ``lightning`` and ``pytorch_lightning``."""
+"""Callbacks for Lightning (``lightning`` or ``pytorch_lightning``): push the student, keep the stream's position."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
