@@ -29,13 +29,13 @@ import cifar_resnet  # noqa: E402
 from dreamfeed import Client, DreamStream  # noqa: E402
 
 BINARY = ROOT / "target/release/dreamfeed"
-IMAGES, BATCH, CLASSES = 8_192, 256, 10
+BATCH, CLASSES = 256, 10
 MEAN, STD, SIZE = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (32, 32)
 
 
 @contextlib.contextmanager
-def daemon(folder: Path):
-    """A daemon whose log holds IMAGES images: its address."""
+def daemon(folder: Path, images: int):
+    """A daemon whose log holds so many `images`: its address."""
     torch.manual_seed(0)
     teacher = cifar_resnet.ResNet("resnet20", 3, CLASSES)
     cifar_resnet.save(teacher, folder / "teacher.safetensors", mean=MEAN, std=STD, image_size=SIZE)
@@ -54,7 +54,7 @@ def daemon(folder: Path):
         "--batch-size",
         str(BATCH),
         "--max-images",
-        str(IMAGES),
+        str(images),
         "--threads",
         "1",
         "--log-level",
@@ -72,7 +72,7 @@ def daemon(folder: Path):
                 break
             time.sleep(0.1)
         with Client(ports["grpc"]) as client:
-            while client.describe().log.next_sequence < IMAGES:
+            while client.describe().log.next_sequence < images:
                 time.sleep(0.2)
         yield ports["grpc"]
     finally:
@@ -103,6 +103,7 @@ def images_a_second(loader: DataLoader, seconds: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement (5)")
+    parser.add_argument("--images", type=int, default=8_192, help="that each of them has (8192)")
     parser.add_argument("--rounds", type=int, default=3, help="in each of which both are measured (3)")
     parser.add_argument(
         "--workers", type=int, nargs="*", default=[0, 1], help="the DataLoader's workers (0 1)"
@@ -110,10 +111,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     report = {}
-    with tempfile.TemporaryDirectory() as folder, daemon(Path(folder)) as address:
+    with tempfile.TemporaryDirectory() as folder, daemon(Path(folder), args.images) as address:
         stream = DreamStream(address, batch_size=BATCH, replay=1.0)
-        images = torch.randn(IMAGES, 3, *SIZE)
-        memory = TensorDataset(images, torch.randint(CLASSES, (IMAGES,)), torch.randn(IMAGES, CLASSES))
+        images = torch.randn(args.images, 3, *SIZE)
+        memory = TensorDataset(
+            images, torch.randint(CLASSES, (args.images,)), torch.randn(args.images, CLASSES)
+        )
         for workers in args.workers:
             rates = {"dreamstream": [], "in memory": []}
             for _ in range(args.rounds):

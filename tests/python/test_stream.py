@@ -7,10 +7,14 @@ from pathlib import Path
 
 import cifar_resnet
 import dreamfeed
+import grpc
 import pytest
+import safetensors.torch
 import torch
 from conftest import BATCH, CHANNELS, CLASS_NAMES, CLASSES, MEAN, SIZE, STD, daemon, random_network
 from dreamfeed import Batch, DreamStream
+from dreamfeed._proto import dreamfeed_pb2 as pb
+from dreamfeed._proto import dreamfeed_pb2_grpc as pb_grpc
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -68,6 +72,12 @@ def test_pixels_as_stored_and_in_half_precision(address: str) -> None:
     full = next(iter(stream(address, batch_size=BATCH)))
     half = next(iter(stream(address, batch_size=BATCH, pixels="f16")))
     torch.testing.assert_close(full.images, expected)
+    # They are normalized here, to the very floats that the daemon would send.
+    request = pb.StreamRequest(batch_size=BATCH, pixel_format=pb.PIXEL_FORMAT_F32_NORMALIZED)
+    request.start.sequence = 0
+    with grpc.insecure_channel(address) as channel:
+        answer = next(pb_grpc.DreamfeedServiceStub(channel).Stream(request, timeout=SECONDS))
+    assert torch.equal(full.images, safetensors.torch.load(answer.payload)["images"])
     assert half.images.dtype == torch.float16
     torch.testing.assert_close(half.images.float(), expected, rtol=1e-3, atol=1e-3)
     for batch in (whole, full, half):
