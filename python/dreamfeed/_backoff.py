@@ -22,6 +22,6 @@ class Backoff:
         self._since = now if self._since is None else self._since
         if self._give_up_after is not None and now - self._since >= self._give_up_after:
             return None
-        bound = min(self._longest, self._first * 2 ** min(self._failures, 32))
+        bound: float = min(self._longest, self._first * 2 ** min(self._failures, 32))
         self._failures += 1
         return bound * random.uniform(0.1, 1.0)

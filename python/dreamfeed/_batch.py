@@ -85,7 +85,8 @@ class BatchInfo:
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "BatchInfo":
-        return replace(self, **{name: function(getattr(self, name)) for name in _INFO_TENSORS})
+        mapped: dict[str, Any] = {name: function(getattr(self, name)) for name in _INFO_TENSORS}
+        return replace(self, **mapped)
 
 
 _INFO_TENSORS = ("sequence", "student_version", "competition", "synthesizer")
@@ -121,10 +122,10 @@ class Batch(NamedTuple):
 
 
 def _assemble(tensors: list[Tensor], rest: tuple[Any, ...]) -> Batch:
-    info = BatchInfo(
-        **dict(zip(_INFO_TENSORS, tensors[3:], strict=True)), **dict(zip(_INFO_FIELDS, rest, strict=True))
-    )
-    return Batch(*tensors[:3], info)
+    images, labels, teacher_logits, *others = tensors
+    values: list[Any] = [*others, *rest]
+    info = BatchInfo(**dict(zip((*_INFO_TENSORS, *_INFO_FIELDS), values, strict=True)))
+    return Batch(images, labels, teacher_logits, info)
 
 
 def _reassemble(
@@ -180,7 +181,7 @@ def decode(
             tensors["sequence"], tensors["synthesizer"] = spare.view(torch.int64).view(2, count)
             torch.arange(first, first + count, out=tensors["sequence"])
             tensors["synthesizer"].zero_()
-            names = (metadata["synthesizer"],)
+            names: tuple[str, ...] = (metadata["synthesizer"],)
         elif form == _BATCH:
             names = tuple(metadata["synthesizers"].split(","))
         else:
@@ -192,7 +193,10 @@ def decode(
                 )
         age = response.age
         info = BatchInfo(
-            **{name: tensors[name] for name in _INFO_TENSORS},
+            sequence=tensors["sequence"],
+            student_version=tensors["student_version"],
+            competition=tensors["competition"],
+            synthesizer=tensors["synthesizer"],
             synthesizers=names,
             cursor=response.cursor,
             first_sequence=first,

@@ -161,7 +161,9 @@ def _unwrap(
     source: Path, checkpoint: object, key: str | None
 ) -> tuple[Mapping[str, object], tuple[str, ...], tuple[str, ...]]:
     """The state_dict, the keys that led to it, and the other keys on the way."""
-    value, path, left_out = checkpoint, [], []
+    value = checkpoint
+    path: list[str] = []
+    left_out: list[str] = []
 
     def enter(name: str) -> None:
         nonlocal value

@@ -1,6 +1,7 @@
 """What can go wrong, as exceptions whose messages say what to do."""
 
 import re
+from collections.abc import Mapping
 
 import grpc
 
@@ -104,7 +105,7 @@ _HINTS = {
     "DEADLINE_EXCEEDED": "Pass a longer timeout=, or see what the daemon is busy with.",
 }
 
-_KINDS: dict[str, type[DreamfeedError]] = {
+_KINDS: Mapping[str, type[DreamfeedError]] = {
     kind.code: kind
     for kind in (
         UnavailableError,

@@ -1,7 +1,7 @@
 """Callbacks for Lightning (``lightning`` or ``pytorch_lightning``): push the student, keep the stream's position."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch.distributed as dist
 from torch import nn
@@ -44,7 +44,7 @@ class PushStudent(Callback):
         *,
         every_n_steps: int = 100,
         student: str | Callable[[LightningModule], nn.Module] | None = None,
-        on_error: Any = "warn",
+        on_error: Literal["warn", "raise"] = "warn",
     ) -> None:
         super().__init__()
         if every_n_steps < 1:
@@ -86,7 +86,8 @@ class PushStudent(Callback):
         if self._student is None:
             return pl_module
         if isinstance(self._student, str):
-            return getattr(pl_module, self._student)
+            student: nn.Module = getattr(pl_module, self._student)
+            return student
         return self._student(pl_module)
 
     def _close(self, timeout: float) -> None:

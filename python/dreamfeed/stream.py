@@ -484,8 +484,8 @@ class _Reader:
             )
         if self._position == "latest":
             # Else what is made between a broken connection and the next would be skipped.
-            self._position = described.log.next_sequence
-            self._stream._keep(self._shard, self._position)
+            self._position = following = described.log.next_sequence
+            self._stream._keep(self._shard, following)
         with endpoint.channel(
             max_receive_bytes=described.max_message_bytes + 1024, small_window=request.bounds_staleness
         ) as channel:

@@ -24,6 +24,7 @@ def train(
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     rendezvous = f"file://{folder}/{run}.rendezvous"
     dist.init_process_group("gloo", rendezvous, timedelta(seconds=60), RANKS, rank)
     stream = DreamStream(address, start="earliest", batch_size=batch_size, prefetch=3)
