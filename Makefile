@@ -97,6 +97,8 @@ bench: build ## A synthesis step beside plain PyTorch, RPCs beside a busy engine
 	@$(PYTHON) benches/latency.py
 	@$(say) "bench: the log to 1, 10, 100 and 1000 subscribers, beside a bare tonic stream (two minutes)"
 	@$(PYTHON) benches/delivery.py
+	@$(say) "bench: the Python client beside a data set in memory"
+	@$(PYTHON) benches/python_client.py
 
 # What the figures in BENCHMARKS.md were measured on; any teacher and labelled file in CIFAR format do.
 MODELS ?= ../shared/models

@@ -99,7 +99,18 @@ def main() -> None:
             bare.kill()
             bare.wait()
         # Dreaming goes on beside it, on one thread, as it does in earnest.
-        dreams = ["--preset", "cifar10-live", "--iterations", "2", "--batch-size", "64", "--threads", "1"]
+        dreams = [
+            "--synthesizer",
+            "adi",
+            "--preset",
+            "cifar10-live",
+            "--iterations",
+            "2",
+            "--batch-size",
+            "64",
+            "--threads",
+            "1",
+        ]
         dreams += ["--max-streams", "2000", "--log-cache-bytes", str(CACHE)]
         with loop.Daemon(teacher, out, dreams) as daemon:
             server = daemon.process.pid
