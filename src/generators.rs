@@ -6,24 +6,19 @@ use metrics::counter;
 use tokio::sync::watch;
 
 use crate::model::checkpoint::Checkpoint;
-use crate::storage::{Created, Storage, StorageError, blocking};
+use crate::storage::{Created, Storage, StorageError, blocking, number, numbered};
 use crate::telemetry;
 
 const FOLDER: &str = "generators/";
-const EXTENSION: &str = ".safetensors";
 /// So many stay: the newest, and one more should it be damaged.
 const KEPT: u64 = 2;
 
 fn name(number: u64) -> String {
-    format!("{FOLDER}{number:020}{EXTENSION}")
-}
-
-fn number(name: &str) -> Option<u64> {
-    name.strip_prefix(FOLDER)?.strip_suffix(EXTENSION)?.parse().ok()
+    numbered(FOLDER, number)
 }
 
 async fn numbers(storage: &Storage) -> Result<Vec<u64>, StorageError> {
-    Ok(storage.list(FOLDER, None).await?.iter().filter_map(|found| number(&found.name)).collect())
+    Ok(storage.list(FOLDER, None).await?.iter().filter_map(|found| number(FOLDER, &found.name)).collect())
 }
 
 /// The newest generator that is whole.

@@ -313,6 +313,19 @@ impl Storage {
     }
 }
 
+/// The name of an object that a number tells apart in its folder, which ends in a slash; the order of names is that of the
+/// numbers.
+pub(crate) fn numbered(folder: &str, number: u64) -> String {
+    format!("{folder}{number:020}.safetensors")
+}
+
+/// The number in such a name; None where it is no such name, or its number leaves none to count on to.
+pub(crate) fn number(folder: &str, name: &str) -> Option<u64> {
+    let digits = name.strip_prefix(folder)?.strip_suffix(".safetensors")?;
+    let number = (digits.len() == 20).then(|| digits.parse().ok()).flatten()?;
+    (number < i64::MAX as u64).then_some(number)
+}
+
 /// Runs what would hold up the runtime's threads elsewhere; the error is that it did not end.
 pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, String> {
     tokio::task::spawn_blocking(work).await.map_err(|e| format!("a task of this process did not end: {e}"))

@@ -6,14 +6,11 @@ use std::time::Duration;
 
 use tracing_subscriber::EnvFilter;
 
-use super::signals::stop_on_signal;
+use super::trainer::{LONGEST_PATIENCE, positive, stop_on_signal};
 use crate::device::DeviceArgs;
 use crate::model::augment::Augmentation;
 use crate::telemetry::{self, LogFormat};
 use crate::trainers::distill::{self, Budget, Options};
-
-/// Nobody waits longer for a daemon; keeps deadlines within what clocks can hold.
-const LONGEST_PATIENCE: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// Trains a student on a daemon's stream and pushes its weights back.
 #[derive(Debug, clap::Args)]
@@ -105,11 +102,6 @@ pub struct Args {
 
 /// Runs the subcommand.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let positive = |name: &str, value: f64, zero: bool| {
-        let right = value.is_finite() && (value > 0.0 || zero && value == 0.0);
-        anyhow::ensure!(right, "{name} is {value}; give a {} number", if zero { "non-negative" } else { "positive" });
-        Ok(())
-    };
     positive("--learning-rate", args.learning_rate, false)?;
     positive("--temperature", args.temperature, false)?;
     positive("--weight-decay", args.weight_decay, true)?;

@@ -15,8 +15,8 @@ pub mod evaluate;
 pub mod log;
 pub mod prune;
 pub mod serve;
-mod signals;
 pub mod synthesizer;
+mod trainer;
 
 use std::io::{self, Write};
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tracing_subscriber::EnvFilter;
 
-use super::signals::stop_on_signal;
+use super::trainer::{LONGEST_PATIENCE, positive, stop_on_signal};
 use crate::device::DeviceArgs;
 use crate::model::augment::Augmentation;
 use crate::model::source::SourceOptions;
@@ -120,8 +120,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         ("--weight-decay", args.weight_decay, true),
         ("--latency-weight", args.latency_weight, true),
     ] {
-        let right = value.is_finite() && (value > 0.0 || zero && value == 0.0);
-        anyhow::ensure!(right, "{name} is {value}; give a {} number", if zero { "non-negative" } else { "positive" });
+        positive(name, value, zero)?;
     }
     telemetry::install_logs(LogFormat::Text, EnvFilter::new("warn"));
     let options = Options {
@@ -129,7 +128,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         source: args.source,
         images: match args.pictures {
             Some(path) => Images::File(path),
-            None => Images::Stream { connect: args.connect, patience: args.connect_timeout },
+            None => Images::Stream { connect: args.connect, patience: args.connect_timeout.min(LONGEST_PATIENCE) },
         },
         measure,
         remove,

@@ -13,7 +13,7 @@ use super::chunk::{Head, SEQUENCES, Summary};
 use super::index::Index;
 use super::{ChunkError, Entry, Log, LogIdentity, LogOptions, Origin};
 use crate::model::source::Geometry;
-use crate::storage::{Created, Found, Storage, StorageError};
+use crate::storage::{Created, Found, Storage, StorageError, number, numbered};
 
 /// What the log is; written once.
 const IDENTITY: &str = "log/log.json";
@@ -98,7 +98,7 @@ impl Identity {
 
 /// The name of the chunk that begins with this sequence. The order of names is the order of sequences.
 pub(super) fn chunk_name(first_sequence: u64) -> String {
-    format!("{CHUNKS}{first_sequence:020}.safetensors")
+    numbered(CHUNKS, first_sequence)
 }
 
 pub(super) fn quarantine_name(first_sequence: u64, count: u64) -> String {
@@ -107,9 +107,7 @@ pub(super) fn quarantine_name(first_sequence: u64, count: u64) -> String {
 
 /// The sequence in a chunk's name; None where no chunk can have that name.
 pub(super) fn first_sequence(name: &str) -> Option<u64> {
-    let digits = name.strip_prefix(CHUNKS)?.strip_suffix(".safetensors")?;
-    let first = (digits.len() == 20).then(|| digits.parse().ok()).flatten()?;
-    (first < SEQUENCES).then_some(first)
+    number(CHUNKS, name).filter(|first| *first < SEQUENCES)
 }
 
 pub(super) fn evicted_name(first: u64, end: u64) -> String {

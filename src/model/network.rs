@@ -369,7 +369,7 @@ fn padding(spec: &BlockSpec) -> (i64, i64) {
 }
 
 /// The block input as option A or the identity shortcut passes it on.
-pub fn pad_shortcut(h: &Tensor, spec: &BlockSpec) -> Tensor {
+pub(super) fn pad_shortcut(h: &Tensor, spec: &BlockSpec) -> Tensor {
     if spec.shortcut == Shortcut::Identity {
         return h.shallow_clone();
     }

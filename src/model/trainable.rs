@@ -137,21 +137,8 @@ impl TrainableNetwork {
                 true,
             )
         };
-        let mut h = unit(&channels_last(x), "conv1", "bn1", 1, 1).relu();
-        for block in &self.spec.blocks {
-            let p = &block.prefix;
-            let inner = unit(&h, &format!("{p}.conv1"), &format!("{p}.bn1"), block.stride, 1).relu();
-            let out = unit(&inner, &format!("{p}.conv2"), &format!("{p}.bn2"), 1, 1);
-            let shortcut = if block.shortcut == Shortcut::Projection {
-                let s = format!("{p}.{}", self.spec.naming.shortcut);
-                unit(&h, &format!("{s}.0"), &format!("{s}.1"), block.stride, 0)
-            } else {
-                pad_shortcut(&h, block)
-            };
-            h = (out + shortcut).relu();
-        }
         let head = self.spec.naming.head;
-        h.mean_dim([2i64, 3].as_slice(), false, None)
+        features(&self.spec, &channels_last(x), unit)
             .linear(self.tensor(&format!("{head}.weight")), Some(self.tensor(&format!("{head}.bias"))))
     }
 
@@ -166,6 +153,29 @@ impl TrainableNetwork {
         let tensors = self.tensors.iter().map(|(name, tensor)| (name.clone(), tensor)).chain(more.iter().cloned());
         write(tensors, &like.0)
     }
+}
+
+/// The features `[N, C]` of images, where `unit` is a convolution and its batch norm: it gets the input, the names of both,
+/// the stride and the padding.
+pub fn features(
+    spec: &NetworkSpec,
+    x: &Tensor,
+    mut unit: impl FnMut(&Tensor, &str, &str, usize, i64) -> Tensor,
+) -> Tensor {
+    let mut h = unit(x, "conv1", "bn1", 1, 1).relu();
+    for block in &spec.blocks {
+        let p = &block.prefix;
+        let inner = unit(&h, &format!("{p}.conv1"), &format!("{p}.bn1"), block.stride, 1).relu();
+        let out = unit(&inner, &format!("{p}.conv2"), &format!("{p}.bn2"), 1, 1);
+        let shortcut = if block.shortcut == Shortcut::Projection {
+            let s = format!("{p}.{}", spec.naming.shortcut);
+            unit(&h, &format!("{s}.0"), &format!("{s}.1"), block.stride, 0)
+        } else {
+            pad_shortcut(&h, block)
+        };
+        h = (out + shortcut).relu();
+    }
+    h.mean_dim([2i64, 3].as_slice(), false, None)
 }
 
 /// The parts of a tensor that stay.

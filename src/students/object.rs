@@ -12,6 +12,7 @@ use super::Student;
 use super::versions::Candidate;
 use crate::model::checkpoint::{Checkpoint, TensorToWrite, encode, hex};
 use crate::model::spec::NetworkSpec;
+use crate::storage::{number, numbered};
 
 /// Where students lie.
 pub const FOLDER: &str = "students/";
@@ -19,13 +20,12 @@ const FORMAT: &str = "dreamfeed.student.v1";
 
 /// The name of a version; the order of names is the order of versions.
 pub(super) fn name(version: u64) -> String {
-    format!("{FOLDER}{version:020}.safetensors")
+    numbered(FOLDER, version)
 }
 
 /// The version in a name.
 pub(super) fn version(name: &str) -> Option<u64> {
-    let digits = name.strip_prefix(FOLDER)?.strip_suffix(".safetensors")?;
-    (digits.len() == 20).then(|| digits.parse().ok()).flatten()
+    number(FOLDER, name)
 }
 
 /// The object for a checked student.

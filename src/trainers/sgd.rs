@@ -10,7 +10,7 @@ use crate::model::network::to_device;
 use crate::model::trainable::{TrainableNetwork, shrink};
 
 /// The prefix of momentum buffers in a training checkpoint.
-const PREFIX: &str = "momentum.";
+pub const PREFIX: &str = "momentum.";
 
 /// SGD with Nesterov momentum and weight decay, as `torch.optim.SGD`.
 #[derive(Debug)]

@@ -6,8 +6,9 @@ use std::collections::HashMap;
 use tch::{Device, Kind, Tensor};
 
 use crate::model::checkpoint::Checkpoint;
-use crate::model::network::{BN_EPSILON, BatchStatistics, pad_shortcut, to_device};
-use crate::model::spec::{NetworkSpec, Shortcut};
+use crate::model::network::{BN_EPSILON, BatchStatistics, to_device};
+use crate::model::spec::NetworkSpec;
+use crate::model::trainable::features;
 use crate::synthesis::adam::Adam;
 use crate::synthesis::objective::{batch_scale, cross_entropy, r_compete, r_feature, tv_l2};
 use crate::synthesis::settings::Settings;
@@ -31,7 +32,7 @@ impl PlainNetwork {
     /// Logits, and the statistics of every batch norm's input.
     fn forward(&self, x: &Tensor) -> (Tensor, Vec<BatchStatistics>) {
         let mut statistics = Vec::new();
-        let mut unit = |x: &Tensor, conv: &str, bn: &str, stride: usize, padding: i64| {
+        let unit = |x: &Tensor, conv: &str, bn: &str, stride: usize, padding: i64| {
             let norm = |part: &str| &self.tensors[&format!("{bn}.{part}")];
             let weight = &self.tensors[&format!("{conv}.weight")];
             let y = x.conv2d(weight, None::<&Tensor>, [stride as i64; 2], [padding; 2], [1, 1], 1);
@@ -44,21 +45,8 @@ impl PlainNetwork {
             let (weight, bias, mean, var) = (norm("weight"), norm("bias"), norm("running_mean"), norm("running_var"));
             y.batch_norm(Some(weight), Some(bias), Some(mean), Some(var), false, 0.1, BN_EPSILON, true)
         };
-        let mut h = unit(x, "conv1", "bn1", 1, 1).relu();
-        for block in &self.spec.blocks {
-            let p = &block.prefix;
-            let inner = unit(&h, &format!("{p}.conv1"), &format!("{p}.bn1"), block.stride, 1).relu();
-            let out = unit(&inner, &format!("{p}.conv2"), &format!("{p}.bn2"), 1, 1);
-            let shortcut = if block.shortcut == Shortcut::Projection {
-                let s = format!("{p}.{}", self.spec.naming.shortcut);
-                unit(&h, &format!("{s}.0"), &format!("{s}.1"), block.stride, 0)
-            } else {
-                pad_shortcut(&h, block)
-            };
-            h = (out + shortcut).relu();
-        }
+        let features = features(&self.spec, x, unit);
         let head = self.spec.naming.head;
-        let features = h.mean_dim([2i64, 3].as_slice(), false, None);
         let (weight, bias) = (&self.tensors[&format!("{head}.weight")], &self.tensors[&format!("{head}.bias")]);
         (features.linear(weight, Some(bias)), statistics)
     }

@@ -25,7 +25,7 @@ use crate::trainers::feed::{Feed, Snapshot};
 use crate::trainers::files::{check_writable, write_whole};
 use crate::trainers::progress::{Progress, State};
 use crate::trainers::replay::ReplayBuffer;
-use crate::trainers::sgd::Sgd;
+use crate::trainers::sgd::{self, Sgd};
 
 pub use options::{Budget, Measurement, Options, Summary};
 
@@ -152,6 +152,7 @@ impl<'a> Training<'a> {
         let mut before = Duration::ZERO;
         let resumed = options.checkpoint.as_ref().filter(|path| path.exists());
         let fetched = if options.fetch && resumed.is_none() { feed.fetch_student(options.patience)? } else { None };
+        let mut saved = None;
         let student = if let Some(path) = resumed {
             let (checkpoint, network, spec) = resume(path, options.arch.as_deref(), &facts)?;
             let number = |key: &str| checkpoint.metadata().get(key).and_then(|text| text.parse::<f64>().ok());
@@ -161,6 +162,7 @@ impl<'a> Training<'a> {
             state.consumed = number("consumed").unwrap_or_default() as u64;
             before = Duration::from_secs_f64(number("seconds").unwrap_or_default().clamp(0.0, 1e9));
             eprintln!("distill: resuming {} at step {}", path.display(), state.step);
+            saved = Some(checkpoint);
             student
         } else if let Some(fetched) = fetched {
             let arch = &fetched.header.arch;
@@ -176,8 +178,8 @@ impl<'a> Training<'a> {
             TrainableNetwork::fresh(&spec, device)
         };
         let mut average = (options.ema > 0.0).then(|| Average::new(options.ema, &student));
-        if let (Some(average), Some(path)) = (&mut average, resumed) {
-            average.load(&Checkpoint::open(path)?, state.step);
+        if let (Some(average), Some(saved)) = (&mut average, &saved) {
+            average.load(saved, state.step);
         }
         let mut marks: Vec<Duration> = options.eval_at.iter().copied().filter(|mark| *mark >= before).collect();
         marks.sort();
@@ -429,7 +431,7 @@ fn resume(
     facts: &TeacherFacts,
 ) -> anyhow::Result<(Checkpoint, Checkpoint, NetworkSpec)> {
     let checkpoint = Checkpoint::open(path).with_context(|| format!("cannot resume from {}", path.display()))?;
-    let network = checkpoint.only(|name| !name.starts_with("momentum.") && !name.starts_with(average::PREFIX));
+    let network = checkpoint.only(|name| !name.starts_with(sgd::PREFIX) && !name.starts_with(average::PREFIX));
     let known = checkpoint.metadata().get("arch").map(String::as_str);
     if let (Some(arch), Some(known)) = (arch, known)
         && arch != known

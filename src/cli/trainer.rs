@@ -1,7 +1,18 @@
-//! How a trainer hears of SIGINT and SIGTERM.
+//! What the commands of all trainers share: checked numbers, bounded patience, and hearing of SIGINT and SIGTERM.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// Nobody waits longer for a daemon; keeps deadlines within what clocks can hold.
+pub(super) const LONGEST_PATIENCE: Duration = Duration::from_secs(365 * 24 * 3600);
+
+/// Refuses a flag's number that is not finite, or negative, or, unless `zero` is allowed, zero.
+pub(super) fn positive(name: &str, value: f64, zero: bool) -> anyhow::Result<()> {
+    let right = value.is_finite() && (value > 0.0 || zero && value == 0.0);
+    anyhow::ensure!(right, "{name} is {value}; give a {} number", if zero { "non-negative" } else { "positive" });
+    Ok(())
+}
 
 /// Set by SIGINT or SIGTERM: the training then saves what it has and ends. A second signal ends the process at once.
 pub(super) fn stop_on_signal() -> anyhow::Result<Arc<AtomicBool>> {
