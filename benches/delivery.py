@@ -1,8 +1,9 @@
 """How fast the log reaches its subscribers, beside tonic's own encoder and plain memory copy.
 
-For 1, 10, 100 and 1000 loopback streams: bytes a second out of the log and in replay, the same messages from a bare
-tonic server, CPU time of the server per delivered byte, its resident memory, and the time from a chunk's being durable
-to its being received while the daemon goes on dreaming. Server and subscribers are two processes on the same cores.
+For 1, 10, 100 and 1000 loopback streams: bytes a second out of the log and in replay, and of the same messages from a
+bare tonic server, all three in turn and several times; CPU time of the server per delivered byte, its resident memory,
+and the time from a chunk's being durable to its being received while the daemon goes on dreaming. Server and
+subscribers are two processes on the same cores. Printed are medians, and the median of the ratios within a turn.
 
 The chunks are 256 noise images of 3x32x32 labelled by a random ResNet-20: what is in them does not matter here.
 Writes out/bench/delivery.json.
@@ -12,6 +13,7 @@ import argparse
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -58,10 +60,26 @@ def load(pid: int, address: str, streams: int, mode: str, seconds: float, store:
     return report
 
 
+def median(turns: list[dict], bare: list[dict]) -> dict:
+    """The median of every figure, and of the ratio to bare tonic in the same turn."""
+    middle = {
+        key: statistics.median(turn[key] for turn in turns) for key in turns[0] if _is_number(turns[0][key])
+    }
+    ratios = [
+        own["bytes_per_second"] / tonic["bytes_per_second"] for own, tonic in zip(turns, bare, strict=True)
+    ]
+    return turns[0] | middle | {"ratios_to_bare": ratios, "ratio_to_bare": statistics.median(ratios)}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--streams", default="1,10,100,1000")
-    parser.add_argument("--seconds", type=float, default=5)
+    parser.add_argument("--seconds", type=float, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="turns of replay, bare tonic and whole chunks")
     args = parser.parse_args()
     counts = [int(n) for n in args.streams.split(",")]
     loop.require_binary()
@@ -86,18 +104,22 @@ def main() -> None:
             while daemon.counter("dreamfeed_log_next_sequence") < IMAGES:
                 pass
             base = resident_bytes(server)
-            for mode in ("log", "replay"):
+            command = [str(loop.BINARY), "bench", "bare", "--store", str(out / "store")]
+            bare = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            try:
+                address = bare.stdout.readline().strip()
                 for streams in counts:
-                    reports[mode].append(load(server, daemon.grpc, streams, mode, args.seconds))
-        command = [str(loop.BINARY), "bench", "bare", "--store", str(out / "store")]
-        bare = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        try:
-            address = bare.stdout.readline().strip()
-            for streams in counts:
-                reports["bare"].append(load(bare.pid, address, streams, "log", args.seconds))
-        finally:
-            bare.kill()
-            bare.wait()
+                    turns: dict[str, list[dict]] = {"log": [], "replay": [], "bare": []}
+                    # In turn, because the speed of a shared machine drifts.
+                    for _ in range(args.repeats):
+                        turns["replay"].append(load(server, daemon.grpc, streams, "replay", args.seconds))
+                        turns["bare"].append(load(bare.pid, address, streams, "log", args.seconds))
+                        turns["log"].append(load(server, daemon.grpc, streams, "log", args.seconds))
+                    for mode, turn in turns.items():
+                        reports[mode].append(median(turn, turns["bare"]))
+            finally:
+                bare.kill()
+                bare.wait()
         # Dreaming goes on beside it, on one thread, as it does in earnest.
         dreams = [
             "--synthesizer",
@@ -119,22 +141,20 @@ def main() -> None:
                 reports["live"].append(report)
 
     print(
-        f"\nChunks of 256 images, {reports['bare'][0]['bytes'] // reports['bare'][0]['messages']:,} bytes. ",
+        f"\nChunks of 256 images, {reports['bare'][0]['bytes'] / reports['bare'][0]['messages']:,.0f} bytes. ",
         end="",
     )
     print(f"The daemon at rest: {base / 1e6:.0f} MB resident; its cache may hold {CACHE >> 20} MiB. ", end="")
     print(f"Plain memory copy, one thread: {reports['bare'][0]['copy_bytes_per_second'] / 1e9:.2f} GB/s.\n")
-    print(
-        "| streams | log | bare tonic | ratio | replay | CPU s/GB: log | bare | replay | resident: log | replay |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("| streams | log | bare tonic | replay | log / bare | replay / bare |", end="")
+    print(" CPU s/GB: log | bare | replay | resident: log | replay |")
+    print("|---" * 11 + "|")
     for log, replay, tonic in zip(reports["log"], reports["replay"], reports["bare"], strict=True):
-        speeds = [f"{r['bytes_per_second'] / 1e9:.2f} GB/s" for r in (log, tonic)]
-        ratio = log["bytes_per_second"] / tonic["bytes_per_second"]
+        speeds = [f"{r['bytes_per_second'] / 1e9:.2f} GB/s" for r in (log, tonic, replay)]
+        ratios = [f"{r['ratio_to_bare']:.2f}" for r in (log, replay)]
         cpu = [f"{r['server_cpu_seconds_per_gb']:.2f}" for r in (log, tonic, replay)]
         memory = [f"{r['resident_bytes'] / 1e6:.0f} MB" for r in (log, replay)]
-        replayed = f"{replay['bytes_per_second'] / 1e9:.2f} GB/s"
-        print("|", " | ".join([str(log["streams"]), *speeds, f"{ratio:.2f}", replayed, *cpu, *memory]), "|")
+        print("|", " | ".join([str(log["streams"]), *speeds, *ratios, *cpu, *memory]), "|")
     print("\n| streams, live | p50 from durable to received | p99 | resident |\n|---|---|---|---|")
     for r in reports["live"]:
         latency = [f"{r[f'{key}_milliseconds']:.1f} ms" for key in ("p50", "p99")]

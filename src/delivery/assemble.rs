@@ -37,18 +37,29 @@ impl PixelTables {
     }
 }
 
+/// How the payload of a message is laid out: the same for all messages of a stream that have as many images.
+#[derive(Debug)]
+pub struct Layout {
+    count: usize,
+    fresh: usize,
+    pixels: PixelFormat,
+    /// The file up to its first tensor.
+    head: Vec<u8>,
+    columns: Columns,
+}
+
 /// The payload under construction.
 pub struct Assembly<'a> {
     file: Vec<u8>,
     log: &'a LogIdentity,
     tables: &'a PixelTables,
-    pixels: PixelFormat,
-    columns: Columns,
+    layout: &'a Layout,
     /// Rows so far.
     pushed: usize,
 }
 
 /// Where each tensor lies in the file.
+#[derive(Debug)]
 struct Columns {
     labels: Range<usize>,
     sequence: Range<usize>,
@@ -59,15 +70,9 @@ struct Columns {
     images: Range<usize>,
 }
 
-impl<'a> Assembly<'a> {
-    /// Room for `count` images, the first `fresh` of which are fresh.
-    pub fn new(
-        log: &'a LogIdentity,
-        tables: &'a PixelTables,
-        pixels: PixelFormat,
-        count: usize,
-        fresh: usize,
-    ) -> Self {
+impl Layout {
+    /// Of `count` images, the first `fresh` of which are fresh.
+    pub fn new(log: &LogIdentity, pixels: PixelFormat, count: usize, fresh: usize) -> Self {
         let geometry = log.geometry;
         let (dtype, width) = match pixels {
             PixelFormat::U8 => ("U8", 1),
@@ -116,75 +121,88 @@ impl<'a> Assembly<'a> {
         ] {
             *range = range.start + start..range.end + start;
         }
-        let mut file = Vec::with_capacity(start + end);
-        file.extend_from_slice(&(header.len() as u64).to_le_bytes());
-        file.extend_from_slice(&header);
-        // The pixels are nearly all of it: they are appended and never written twice.
-        file.resize(columns.images.start, 0);
-        Self { file, log, tables, pixels, columns, pushed: 0 }
+        let mut head = (header.len() as u64).to_le_bytes().to_vec();
+        head.append(&mut header);
+        Self { count, fresh, pixels, head, columns }
     }
 
-    /// Appends a row of a chunk; false where there is no such row or no room for it, which is a bug of the caller's.
-    pub fn push(&mut self, chunk: &Chunk, from: usize) -> bool {
-        let to = self.pushed;
-        self.pushed += 1;
-        let sequence = (chunk.first_sequence() + from as u64).to_le_bytes();
+    /// Whether it is the one for so many images.
+    pub fn fits(&self, count: usize, fresh: usize) -> bool {
+        (self.count, self.fresh) == (count, fresh)
+    }
+}
+
+impl<'a> Assembly<'a> {
+    /// Room for the images of the layout.
+    pub fn new(log: &'a LogIdentity, tables: &'a PixelTables, layout: &'a Layout) -> Self {
+        let columns = &layout.columns;
+        let mut file = Vec::with_capacity(columns.images.end);
+        file.extend_from_slice(&layout.head);
+        // The pixels are nearly all of it: they are appended and never written twice.
+        file.resize(columns.images.start, 0);
+        Self { file, log, tables, layout, pushed: 0 }
+    }
+
+    /// Appends neighbouring rows of a chunk; false where there are no such rows or no room for them, which is a bug of the
+    /// caller's.
+    pub fn extend(&mut self, chunk: &Chunk, rows: Range<usize>) -> bool {
         let (k, pixels) = (4 * self.log.num_classes, self.log.geometry.pixels());
-        let logits = chunk.teacher_logits().get(from * k..(from + 1) * k);
-        let image = chunk.images().get(from * pixels..(from + 1) * pixels);
-        let (Some(label), Some(version), Some(competition), Some(logits), Some(image)) = (
-            chunk.labels().get(from),
-            chunk.student_versions().get(from),
-            chunk.competition().get(from),
-            logits,
-            image,
+        let (Some(labels), Some(versions), Some(competition), Some(logits), Some(images)) = (
+            chunk.labels().get(rows.clone()),
+            chunk.student_versions().get(rows.clone()),
+            chunk.competition().get(rows.clone()),
+            chunk.teacher_logits().get(rows.start * k..rows.end * k),
+            chunk.images().get(rows.start * pixels..rows.end * pixels),
         ) else {
             return false;
         };
-        let columns = &self.columns;
-        let synthesizer = code(chunk).to_le_bytes();
-        let small: [(&Range<usize>, &[u8]); 6] = [
-            (&columns.labels, label),
-            (&columns.sequence, &sequence),
-            (&columns.student_version, version),
-            (&columns.synthesizer, &synthesizer),
-            (&columns.competition, competition),
-            (&columns.teacher_logits, logits),
+        let to = self.pushed;
+        self.pushed += rows.len();
+        if self.pushed > self.layout.count {
+            return false;
+        }
+        let sequences = rows.clone().map(|row| (chunk.first_sequence() + row as u64).to_le_bytes());
+        let sequences: Vec<[u8; 8]> = sequences.collect();
+        let synthesizers = vec![code(chunk.synthesizer).to_le_bytes(); rows.len()];
+        let columns = &self.layout.columns;
+        let small: [(&Range<usize>, usize, &[u8]); 6] = [
+            (&columns.labels, 8, labels.as_flattened()),
+            (&columns.sequence, 8, sequences.as_flattened()),
+            (&columns.student_version, 8, versions.as_flattened()),
+            (&columns.synthesizer, 8, synthesizers.as_flattened()),
+            (&columns.competition, 4, competition.as_flattened()),
+            (&columns.teacher_logits, k, logits),
         ];
-        for (range, data) in small {
-            let start = range.start + to * data.len();
+        for (range, width, data) in small {
+            let start = range.start + to * width;
             match self.file.get_mut(start..start + data.len()) {
                 Some(row) => row.copy_from_slice(data),
                 None => return false,
             }
         }
-        if self.file.len() >= columns.images.end {
-            return false;
-        }
         let plane = (self.log.geometry.height * self.log.geometry.width).max(1);
-        match self.pixels {
-            PixelFormat::U8 => self.file.extend_from_slice(image),
-            PixelFormat::F32Normalized => convert(&mut self.file, image, plane, &self.tables.f32s),
-            PixelFormat::F16Normalized => convert(&mut self.file, image, plane, &self.tables.f16s),
+        match self.layout.pixels {
+            PixelFormat::U8 => self.file.extend_from_slice(images),
+            PixelFormat::F32Normalized => convert(&mut self.file, images, plane, &self.tables.f32s),
+            PixelFormat::F16Normalized => convert(&mut self.file, images, plane, &self.tables.f16s),
         }
         true
     }
 
     /// The safetensors file; None where rows are missing.
     pub fn finish(self) -> Option<Bytes> {
-        (self.file.len() == self.columns.images.end).then(|| self.file.into())
+        (self.file.len() == self.layout.columns.images.end).then(|| self.file.into())
     }
 }
 
 /// The chunk's synthesizer as an index into the metadata's list; -1 where a newer daemon made it by one unknown here.
-fn code(chunk: &Chunk) -> i64 {
-    let name = chunk.metadata().get("synthesizer").map(String::as_str);
-    let index = SynthesizerKind::ALL.iter().position(|kind| name == Some(kind.name()));
+fn code(synthesizer: Option<SynthesizerKind>) -> i64 {
+    let index = SynthesizerKind::ALL.iter().position(|kind| Some(*kind) == synthesizer);
     index.and_then(|index| i64::try_from(index).ok()).unwrap_or(-1)
 }
 
-fn convert<const B: usize>(file: &mut Vec<u8>, image: &[u8], plane: usize, tables: &[[[u8; B]; 256]]) {
-    for (pixels, table) in image.chunks(plane).zip(tables) {
+fn convert<const B: usize>(file: &mut Vec<u8>, images: &[u8], plane: usize, tables: &[[[u8; B]; 256]]) {
+    for (pixels, table) in images.chunks(plane).zip(tables.iter().cycle()) {
         file.extend(pixels.iter().flat_map(|pixel| table[usize::from(*pixel)]));
     }
 }

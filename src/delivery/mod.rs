@@ -104,7 +104,7 @@ impl Delivery {
             let entry = self.table(Sampling::Uniform, None).draw(&mut random).cloned()?;
             let Ok(chunk) = self.log.load(entry.summary.first_sequence).await else { continue };
             let pixels = self.log.identity().geometry.pixels();
-            for row in draw_rows(&chunk, Sampling::Uniform, ROWS_PER_DRAW.min(missing), |_| true, &mut random) {
+            for row in draw_rows(&chunk, Sampling::Uniform, ROWS_PER_DRAW.min(missing), None, &mut random) {
                 let row = row as usize;
                 recalled.images.extend_from_slice(chunk.images().get(row * pixels..(row + 1) * pixels)?);
                 recalled.labels.push(i64::from_le_bytes(*chunk.labels().get(row)?));

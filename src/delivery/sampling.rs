@@ -80,32 +80,34 @@ fn chunk_weight(
     }
 }
 
-/// `count` rows of a chunk, drawn by weight among those that `wanted` accepts; none where it accepts none.
+/// `count` rows of a chunk, drawn by weight among those of the wanted classes; none where it has none of them.
 ///
 /// Always the same number, so that an image's chance does not depend on how many others its chunk has. Uniform and
-/// recency take every row once before any twice, which leaves each image's chance equal; competition draws with
-/// replacement, which alone keeps chances proportional to weights.
+/// recency take neighbours from a random row on and go round at the end: every image's chance is equal, each comes once
+/// before any comes twice, and what lies together is copied in one piece. Competition draws with replacement, which alone
+/// keeps chances proportional to weights.
 pub fn draw_rows(
     chunk: &Chunk,
     sampling: Sampling,
     count: usize,
-    wanted: impl Fn(i64) -> bool,
+    classes: Option<&BTreeSet<u32>>,
     random: &mut impl Rng,
 ) -> Vec<u32> {
-    let labels = chunk.labels().iter().map(|bytes| i64::from_le_bytes(*bytes));
-    let rows: Vec<u32> = (0u32..).zip(labels).filter(|(_, label)| wanted(*label)).map(|(row, _)| row).collect();
+    let rows: Vec<u32> = match classes {
+        None => (0..chunk.count()).collect(),
+        Some(wanted) => {
+            let labels = chunk.labels().iter().map(|bytes| i64::from_le_bytes(*bytes));
+            let is_wanted = |label: i64| u32::try_from(label).is_ok_and(|class| wanted.contains(&class));
+            (0..).zip(labels).filter(|(_, label)| is_wanted(*label)).map(|(row, _)| row).collect()
+        }
+    };
     if rows.is_empty() {
         return rows;
     }
     match sampling {
         Sampling::Uniform | Sampling::Recency => {
-            let mut drawn = Vec::with_capacity(count);
-            while drawn.len() < count {
-                let turn = (count - drawn.len()).min(rows.len());
-                let indices = rand::seq::index::sample(random, rows.len(), turn);
-                drawn.extend(indices.iter().filter_map(|index| rows.get(index)));
-            }
-            drawn
+            let start = random.random_range(0..rows.len());
+            rows.iter().cycle().skip(start).take(count).copied().collect()
         }
         Sampling::Competition => {
             let competition = chunk.competition();

@@ -1,7 +1,8 @@
 //! One subscriber: which images come next, and in which message.
 
-use std::sync::Arc;
+use std::collections::HashMap;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
@@ -9,7 +10,7 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use tokio::sync::watch;
 
-use super::assemble::Assembly;
+use super::assemble::{Assembly, Layout};
 use super::policy::Policy;
 use super::sampling::{ROWS_PER_DRAW, draw_rows};
 use super::{Delivery, Ticket};
@@ -86,6 +87,10 @@ impl Pick {
     }
 }
 
+/// The chunks that images were just drawn from, by first sequence: most are still in memory when their images are copied a
+/// moment later. Nothing is held by it.
+type Seen = HashMap<u64, Weak<Chunk>>;
+
 /// A subscriber's state.
 #[derive(Debug)]
 pub struct Subscription {
@@ -105,6 +110,8 @@ pub struct Subscription {
     sent: u64,
     replayed: u64,
     stale: u64,
+    /// Of the last message.
+    layout: Option<Arc<Layout>>,
     random: ChaCha8Rng,
 }
 
@@ -123,6 +130,7 @@ impl Subscription {
             sent: 0,
             replayed: 0,
             stale: 0,
+            layout: None,
             random: ChaCha8Rng::seed_from_u64(rand::random()),
         }
     }
@@ -172,10 +180,11 @@ impl Subscription {
                 continue;
             }
             let share = self.policy.replay.share;
+            let mut seen = Seen::new();
             let replayed = match batch_size {
                 Some(size) if share > 0.0 => {
                     let most = fresh_wanted.min(self.picked.len());
-                    self.draw_replayed(size - most).await?
+                    self.draw_replayed(size - most, &mut seen).await?
                 }
                 // Without replay a message waits until it is full.
                 Some(size) if self.picked.len() < size && !broken => return Ok(None),
@@ -185,7 +194,7 @@ impl Subscription {
             if fresh + replayed.len() == 0 {
                 return Ok(None);
             }
-            if let Some(message) = self.assemble(fresh, replayed).await? {
+            if let Some(message) = self.assemble(fresh, replayed, &seen).await? {
                 return Ok(Some(message));
             }
             // Something in it was evicted or went stale while it was put together: look again.
@@ -315,7 +324,7 @@ impl Subscription {
     }
 
     /// Images of the log to send again; fewer than asked for only where the log has none that may be sent.
-    async fn draw_replayed(&mut self, wanted: usize) -> Result<Vec<Pick>, End> {
+    async fn draw_replayed(&mut self, wanted: usize, seen: &mut Seen) -> Result<Vec<Pick>, End> {
         let mut drawn = Vec::with_capacity(wanted);
         let sampling = self.policy.replay.sampling;
         let mut vain = 0;
@@ -328,12 +337,13 @@ impl Subscription {
                 vain += 1;
                 continue;
             };
-            let policy = &self.policy;
             // Always whole draws, cut at the end: a last draw of fewer rows would favour nobody, but need not be special.
-            let rows = draw_rows(&chunk, sampling, ROWS_PER_DRAW, |label| policy.wants(label), &mut self.random);
-            let before = drawn.len();
+            let classes = self.policy.classes.as_deref();
+            let rows = draw_rows(&chunk, sampling, ROWS_PER_DRAW, classes, &mut self.random);
+            let (before, versions) = (drawn.len(), chunk.student_versions());
+            seen.insert(chunk.first_sequence(), Arc::downgrade(&chunk));
             for row in rows {
-                let version = chunk.student_versions().get(row as usize).copied().unwrap_or_default();
+                let version = versions.get(row as usize).copied().unwrap_or_default();
                 let pick = Pick {
                     chunk: chunk.first_sequence(),
                     row,
@@ -354,15 +364,21 @@ impl Subscription {
 
     /// Puts a message together out of the first `fresh` picked images and the replayed ones. None where it cannot be sent
     /// any more.
-    async fn assemble(&mut self, fresh: usize, replayed: Vec<Pick>) -> Result<Option<Message>, End> {
-        let picks: Vec<Pick> = self.picked.iter().take(fresh).copied().chain(replayed.iter().copied()).collect();
+    async fn assemble(&mut self, fresh: usize, replayed: Vec<Pick>, seen: &Seen) -> Result<Option<Message>, End> {
+        let mut picks = replayed;
+        picks.splice(0..0, self.picked.iter().take(fresh).copied());
         let (Some(first), Some(last)) = (picks.first().copied(), picks.last().copied()) else { return Ok(None) };
+        let layout = match &self.layout {
+            Some(layout) if layout.fits(picks.len(), fresh) => layout.clone(),
+            _ => Arc::new(Layout::new(self.delivery.log.identity(), self.policy.pixels, picks.len(), fresh)),
+        };
+        self.layout = Some(layout.clone());
         let payload = if self.policy.is_deterministic() {
             let (first_sequence, end) = (first.sequence(), last.sequence() + 1);
             let key = CacheUse { first_sequence, end, form: self.form.clone() };
-            self.delivery.log.shared(key, || self.payload(&picks, fresh)).await
+            self.delivery.log.shared(key, || self.payload(&picks, &layout, seen)).await
         } else {
-            self.payload(&picks, fresh).await
+            self.payload(&picks, &layout, seen).await
         };
         match payload {
             Ok(payload) => {
@@ -381,21 +397,20 @@ impl Subscription {
         }
     }
 
-    async fn payload(&self, picks: &[Pick], fresh: usize) -> Result<Bytes, ReadError> {
+    async fn payload(&self, picks: &[Pick], layout: &Layout, seen: &Seen) -> Result<Bytes, ReadError> {
         let log = &self.delivery.log;
-        let mut assembly =
-            Assembly::new(log.identity(), &self.delivery.pixels, self.policy.pixels, picks.len(), fresh);
-        // One chunk at a time, however many a message is drawn from. Neighbours mostly come from the same.
-        let mut chunk: Option<Arc<Chunk>> = None;
-        for pick in picks {
-            let held = match chunk.take() {
-                Some(held) if held.first_sequence() == pick.chunk => held,
-                _ => log.load(pick.chunk).await?,
+        let mut assembly = Assembly::new(log.identity(), &self.delivery.pixels, layout);
+        // One chunk at a time, however many a message is drawn from, and what lies together in one piece.
+        for run in picks.chunk_by(|one, next| one.chunk == next.chunk && one.row + 1 == next.row) {
+            let Some(first) = run.first() else { continue };
+            let chunk = match seen.get(&first.chunk).and_then(Weak::upgrade) {
+                Some(chunk) => chunk,
+                None => log.load(first.chunk).await?,
             };
-            if !assembly.push(&held, pick.row as usize) {
+            let start = first.row as usize;
+            if !assembly.extend(&chunk, start..start + run.len()) {
                 return Err(ReadError::Gone);
             }
-            chunk = Some(held);
         }
         assembly.finish().ok_or(ReadError::Gone)
     }

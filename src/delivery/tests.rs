@@ -161,8 +161,7 @@ fn frequencies(sampling: Sampling, classes: Option<BTreeSet<u32>>) -> (Vec<f64>,
         for _ in 0..draws {
             let first = table.draw(&mut random).unwrap().summary.first_sequence;
             let chunk = delivery.log().load(first).await.unwrap();
-            let wanted = |label: i64| classes.as_ref().is_none_or(|c| c.contains(&(label as u32)));
-            for row in draw_rows(&chunk, sampling, ROWS_PER_DRAW, wanted, &mut random) {
+            for row in draw_rows(&chunk, sampling, ROWS_PER_DRAW, classes.as_ref(), &mut random) {
                 *seen.entry(first + u64::from(row)).or_default() += 1;
             }
         }

@@ -17,6 +17,7 @@ use super::{LogIdentity, Origin};
 use crate::model::checkpoint::{Checkpoint, CheckpointError, TensorToWrite, encode, hex};
 use crate::model::source::Geometry;
 use crate::synthesis::batch::DreamBatch;
+use crate::synthesis::settings::SynthesizerKind;
 
 /// The `format` in every chunk's metadata.
 pub const FORMAT: &str = "dreamfeed.chunk.v1";
@@ -118,7 +119,20 @@ pub struct Chunk {
     pub geometry: Geometry,
     /// K.
     pub num_classes: usize,
+    /// What made it; None where that is unknown to this version.
+    pub synthesizer: Option<SynthesizerKind>,
+    columns: Columns,
     file: Checkpoint,
+}
+
+/// Where each tensor lies in the file: found once, read for every message.
+#[derive(Clone, Debug)]
+struct Columns {
+    labels: Range<usize>,
+    student_version: Range<usize>,
+    competition: Range<usize>,
+    teacher_logits: Range<usize>,
+    images: Range<usize>,
 }
 
 struct Part {
@@ -245,37 +259,46 @@ impl Chunk {
                 )));
             }
         };
-        Ok(Self { summary, geometry, num_classes, file })
+        let range = |name: &str| file.range(name).ok_or_else(|| missing(name));
+        let columns = Columns {
+            labels: range("labels")?,
+            student_version: range("student_version")?,
+            competition: range("competition")?,
+            teacher_logits: range("teacher_logits")?,
+            images: range("images")?,
+        };
+        let synthesizer = file.metadata().get("synthesizer").and_then(|name| SynthesizerKind::named(name));
+        Ok(Self { summary, geometry, num_classes, synthesizer, columns, file })
     }
 
     /// The class of each image, `[N]` little-endian.
     pub fn labels(&self) -> &[[u8; 8]] {
-        self.column("labels").as_chunks().0
+        self.column(&self.columns.labels).as_chunks().0
     }
 
     /// The newest student of each image, `[N]` little-endian.
     pub fn student_versions(&self) -> &[[u8; 8]] {
-        self.column("student_version").as_chunks().0
+        self.column(&self.columns.student_version).as_chunks().0
     }
 
     /// The competition of each image, `[N]` little-endian.
     pub fn competition(&self) -> &[[u8; 4]] {
-        self.column("competition").as_chunks().0
+        self.column(&self.columns.competition).as_chunks().0
     }
 
     /// The logits, `[N, K]` little-endian.
     pub fn teacher_logits(&self) -> &[u8] {
-        self.column("teacher_logits")
+        self.column(&self.columns.teacher_logits)
     }
 
     /// The pixels, `[N, C, H, W]`.
     pub fn images(&self) -> &[u8] {
-        self.column("images")
+        self.column(&self.columns.images)
     }
 
-    fn column(&self, name: &str) -> &[u8] {
+    fn column(&self, range: &Range<usize>) -> &[u8] {
         // Every tensor's presence and size were checked when the chunk was made.
-        self.file.get(name).map(|tensor| tensor.data).unwrap_or_default()
+        self.payload().get(range.clone()).unwrap_or_default()
     }
 
     /// The part of the chunk from the image at `sequence` on, as a chunk of its own.

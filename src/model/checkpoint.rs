@@ -115,6 +115,11 @@ impl Checkpoint {
         self.entries.get(name).map(|entry| self.view(entry))
     }
 
+    /// Where the data of the tensor of this name lies in [`Self::bytes`].
+    pub fn range(&self, name: &str) -> Option<Range<usize>> {
+        self.entries.get(name).map(|entry| entry.range.clone())
+    }
+
     /// All tensors in order of name.
     pub fn tensors(&self) -> impl Iterator<Item = (&str, RawTensor<'_>)> {
         self.entries.iter().map(|(name, entry)| (name.as_str(), self.view(entry)))
