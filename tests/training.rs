@@ -167,6 +167,60 @@ async fn the_moving_average_is_saved_and_resumed_and_the_weights_are_pushed() {
     assert_eq!(fetched.get("conv1.weight").unwrap().data, state.get("conv1.weight").unwrap().data);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_resumed_training_goes_on_with_the_very_next_image() {
+    use dreamfeed::model::checkpoint::Checkpoint;
+
+    let daemon = Daemon::start(&["--batch-size", "8", "--max-images", "96"]);
+    daemon.wait_metric("dreamfeed_log_next_sequence", 96.0);
+    let folder = tempfile::tempdir().unwrap();
+    let state = folder.path().join("state.safetensors");
+    let run = |daemon: &Daemon, steps: &str| {
+        let paced = ["--steps", steps, "--steps-per-batch", "1", "--checkpoint", state.to_str().unwrap()];
+        let summary = summary(distill(&daemon.grpc, folder.path(), &paced));
+        assert_eq!(summary["steps"].to_string(), steps);
+        let position = Checkpoint::open(&state).unwrap().metadata()["position"].clone();
+        (position, summary["images_received"].as_u64().unwrap())
+    };
+    // One step for each batch of eight; of what came beyond, one batch waits for the trainer and one on the wire.
+    assert_eq!(run(&daemon, "3").0, "24");
+    let (position, received) = run(&daemon, "6");
+    assert_eq!(position, "48");
+    assert!((24..=40).contains(&received), "{received}: images that only fill the buffer again do not count");
+
+    // Of another log the position says nothing.
+    let other = Daemon::start(&["--batch-size", "8", "--max-images", "16"]);
+    assert_eq!(run(&other, "8").0, "16");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn losses_precision_and_a_teacher_at_hand_are_choices() {
+    let daemon = Daemon::start(&["--batch-size", "8", "--max-images", "16"]);
+    let folder = tempfile::tempdir().unwrap();
+    let teacher = write_teacher(folder.path());
+    let teacher = teacher.to_str().unwrap();
+    let mut losses = Vec::new();
+    for choice in [
+        &["--loss", "kl"][..],
+        &["--loss", "l1"],
+        &["--loss", "hard"],
+        &["--precision", "bf16"],
+        &["--teacher", teacher],
+    ] {
+        let summary = summary(distill(&daemon.grpc, folder.path(), &[&["--steps", "3"], choice].concat()));
+        assert_eq!(summary["steps"], 3, "{choice:?}");
+        losses.push(summary["loss"].as_f64().unwrap());
+    }
+    assert!(losses.iter().all(|loss| loss.is_finite() && *loss > 0.0), "{losses:?}");
+
+    let other = folder.path().join("other.safetensors");
+    std::fs::write(&other, file(&network(ARCH, CHANNELS, CLASSES, 9), &[])).unwrap();
+    let more = ["--steps", "3", "--teacher", other.to_str().unwrap()];
+    let output = distill(&daemon.grpc, folder.path(), &more).wait_with_output().unwrap();
+    let error = text(&output.stderr);
+    assert!(error.contains("is not the network that the daemon dreams from"), "{error}");
+}
+
 #[test]
 fn bench_synth_prints_what_a_step_costs() {
     let folder = tempfile::tempdir().unwrap();

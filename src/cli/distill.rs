@@ -7,10 +7,11 @@ use std::time::Duration;
 use tracing_subscriber::EnvFilter;
 
 use super::trainer::{LONGEST_PATIENCE, positive, stop_on_signal};
-use crate::device::DeviceArgs;
+use crate::device::{DeviceArgs, Precision};
 use crate::model::augment::Augmentation;
 use crate::telemetry::{self, LogFormat};
 use crate::trainers::distill::{self, Budget, Options};
+use crate::trainers::loss::Loss;
 
 /// Trains a student on a daemon's stream and pushes its weights back.
 #[derive(Debug, clap::Args)]
@@ -51,9 +52,18 @@ pub struct Args {
     /// SGD's weight decay.
     #[arg(long, default_value_t = 5e-4)]
     weight_decay: f64,
-    /// The temperature of the distillation loss.
+    /// What the student learns: the teacher's logits by KL divergence or by their absolute difference, or only its class.
+    #[arg(long, value_enum, default_value_t)]
+    loss: Loss,
+    /// The temperature of the KL divergence.
     #[arg(long, default_value_t = 4.0)]
     temperature: f64,
+    /// What the student's convolutions compute in; weights, batch norm and losses stay f32.
+    #[arg(long, value_enum, default_value_t)]
+    precision: Precision,
+    /// The teacher's own file. Its logits are then those of the images as augmented; without it, of the unchanged ones.
+    #[arg(long, value_name = "FILE")]
+    teacher: Option<PathBuf>,
     /// Measure and save a moving average of the weights, of which this part stays at each step; 0: the weights themselves.
     #[arg(long, default_value_t = 0.0)]
     ema: f64,
@@ -66,8 +76,9 @@ pub struct Args {
     /// Push the student every so many steps.
     #[arg(long, default_value_t = 50)]
     push_every: u64,
-    /// Labelled pictures to measure accuracy on, in CIFAR binary format. Never trained on.
-    #[arg(long, value_name = "FILE")]
+    /// Labelled pictures to measure accuracy on, in CIFAR binary format or in a folder with a subfolder for each class. Never
+    /// trained on.
+    #[arg(long, value_name = "PATH")]
     test_data: Option<PathBuf>,
     /// Measure every so many steps; 0: only at the end.
     #[arg(long, default_value_t = 500)]
@@ -127,7 +138,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         learning_rate: args.learning_rate,
         momentum: args.momentum,
         weight_decay: args.weight_decay,
+        loss: args.loss,
         temperature: args.temperature,
+        precision: args.precision.kind(),
+        teacher: args.teacher,
         augmentation: args.augment,
         buffer_images: args.buffer_images,
         push_every: args.push_every,

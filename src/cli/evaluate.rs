@@ -7,7 +7,7 @@ use crate::model::labelled::LabelledImages;
 use crate::model::source::{NetworkSource, SourceOptions};
 use crate::synthesis::Teacher;
 
-/// Prints a network's accuracy on a labelled file.
+/// Prints a network's accuracy on labelled pictures.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The network, a safetensors file.
@@ -15,8 +15,9 @@ pub struct Args {
     model: PathBuf,
     #[command(flatten)]
     source: SourceOptions,
-    /// Labelled pictures in CIFAR binary format: records of 1 byte of class and C*H*W bytes of pixels.
-    #[arg(long, value_name = "FILE")]
+    /// Labelled pictures: a file in CIFAR binary format (records of 1 byte of class and C*H*W bytes of pixels), or a folder
+    /// with a subfolder of .png and .jpg files for each class.
+    #[arg(long, value_name = "PATH")]
     data: PathBuf,
     #[command(flatten)]
     device: DeviceArgs,
@@ -29,7 +30,7 @@ pub struct Args {
 pub fn run(args: Args) -> anyhow::Result<()> {
     let device = args.device.prepare()?;
     let source = NetworkSource::open(&args.model, &args.source)?;
-    let data = LabelledImages::open(&args.data, source.geometry, source.spec.num_classes)?;
+    let data = LabelledImages::open(&args.data, source.geometry, &source.class_names, source.spec.num_classes)?;
     let network = Teacher::load(&source, device, tch::Kind::Float);
     let accuracy = data.accuracy(|pixels| network.network.logits(&network.pixels.normalize(pixels)));
     if args.json {

@@ -9,6 +9,7 @@ macro_rules! say {
 
 mod arguments;
 pub mod bench;
+pub mod continual;
 pub mod distill;
 pub mod dream;
 pub mod evaluate;
@@ -38,6 +39,7 @@ enum Command {
     Distill(Box<distill::Args>),
     Evaluate(Box<evaluate::Args>),
     Prune(Box<prune::Args>),
+    Continual(Box<continual::Args>),
     Dream(Box<dream::Args>),
     Bench(Box<bench::Args>),
     Log(Box<log::Args>),
@@ -57,6 +59,7 @@ pub fn run() -> anyhow::Result<()> {
         Command::Distill(args) => distill::run(*args),
         Command::Evaluate(args) => evaluate::run(*args),
         Command::Prune(args) => prune::run(*args),
+        Command::Continual(args) => continual::run(*args),
         Command::Dream(args) => dream::run(*args),
         Command::Bench(args) => bench::run(*args),
         Command::Log(args) => log::run(*args),

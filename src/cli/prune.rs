@@ -29,8 +29,9 @@ pub struct Args {
     /// How long to wait for the daemon at the start.
     #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = humantime::parse_duration)]
     connect_timeout: Duration,
-    /// Take pictures from a file in CIFAR binary format instead of a daemon's stream; their labels are not used.
-    #[arg(long, value_name = "FILE", conflicts_with = "connect")]
+    /// Take pictures instead of a daemon's stream, from a file in CIFAR binary format or from a folder with a subfolder for each
+    /// class; their labels are not used.
+    #[arg(long, value_name = "PATH", conflicts_with = "connect")]
     pictures: Option<PathBuf>,
     /// How much the measured time of a filter counts beside its importance; 0: not at all.
     #[arg(long, default_value_t = 0.0)]
@@ -71,8 +72,9 @@ pub struct Args {
     /// Push the shrinking network every so many steps.
     #[arg(long, default_value_t = 30)]
     push_every: u64,
-    /// Labelled pictures to measure accuracy on, in CIFAR binary format. Never trained on.
-    #[arg(long, value_name = "FILE")]
+    /// Labelled pictures to measure accuracy on, in CIFAR binary format or in a folder with a subfolder for each class. Never
+    /// trained on.
+    #[arg(long, value_name = "PATH")]
     test_data: Option<PathBuf>,
     /// Where to write the pruned network, a safetensors file.
     #[arg(long, value_name = "FILE")]
@@ -114,7 +116,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         given.ok_or_else(|| anyhow::anyhow!("give one of --flops, --parameters and --filters"))?;
     anyhow::ensure!(remove > 0.0 && remove < 1.0, "--{} is {remove}; give a part between 0 and 1", measure.name());
     for (name, value, zero) in [
-        ("--learning-rate", args.learning_rate, false),
+        ("--learning-rate", args.learning_rate, true),
         ("--temperature", args.temperature, false),
         ("--momentum", args.momentum, true),
         ("--weight-decay", args.weight_decay, true),

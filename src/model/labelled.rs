@@ -1,15 +1,21 @@
-//! Labelled pictures in CIFAR binary format, and a network's accuracy on them.
+//! Labelled pictures, from a file in CIFAR binary format or from a folder of images, and a network's accuracy on them.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 
+use image::DynamicImage;
+use image::imageops::FilterType;
 use tch::{Device, Kind, Tensor};
 
 use super::source::Geometry;
 
-/// Why a labelled file cannot be used.
+/// Extensions of the files in an image folder that are read; others are passed over.
+const EXTENSIONS: [&str; 3] = ["png", "jpg", "jpeg"];
+
+/// Why labelled pictures cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum LabelledError {
-    /// The file could not be read.
+    /// A file or folder could not be read.
     #[error("cannot read {path}: {cause}", path = path.display())]
     Read {
         /// The file.
@@ -41,9 +47,25 @@ pub enum LabelledError {
         /// The record's index.
         record: usize,
         /// Its class.
-        class: u8,
+        class: i64,
         /// The outputs of the network.
         num_classes: usize,
+    },
+    /// A folder is not what it should be.
+    #[error("{path}: {problem}", path = path.display())]
+    Folder {
+        /// The folder.
+        path: PathBuf,
+        /// What is wrong with it, and what would be right.
+        problem: String,
+    },
+    /// A file in an image folder is no image.
+    #[error("cannot read {path} as an image: {cause}", path = path.display())]
+    Image {
+        /// The file.
+        path: PathBuf,
+        /// What the decoder said.
+        cause: String,
     },
 }
 
@@ -56,27 +78,156 @@ pub struct LabelledImages {
     pub labels: Tensor,
 }
 
-impl LabelledImages {
-    /// Reads CIFAR binary: each record is 1 byte of class and C·H·W bytes of pixels, plane by plane, row by row.
-    pub fn open(path: &Path, geometry: Geometry, num_classes: usize) -> Result<Self, LabelledError> {
-        let bytes = std::fs::read(path).map_err(|cause| LabelledError::Read { path: path.to_owned(), cause })?;
+/// Pictures whose labels are still the source's own.
+#[derive(Debug)]
+pub struct Pictures {
+    /// u8 pixels, `[N, C, H, W]`.
+    pub images: Tensor,
+    /// For each picture: the byte before it in a CIFAR file, or the index of its folder.
+    pub labels: Vec<i64>,
+    /// The names of the classes, where the source has names: an image folder's subfolders in alphabetical order.
+    pub names: Option<Vec<String>>,
+}
+
+impl Pictures {
+    /// Reads a file in CIFAR binary format (each record is 1 byte of class and C·H·W bytes of pixels, plane by plane, row by
+    /// row), or a folder with one subfolder of PNG and JPEG files for each class. Images of another size are scaled until
+    /// they cover the network's, and cut at the centre.
+    pub fn open(path: &Path, geometry: Geometry) -> Result<Self, LabelledError> {
+        if path.is_dir() { Self::from_folder(path, geometry) } else { Self::from_cifar(path, geometry) }
+    }
+
+    fn from_cifar(path: &Path, geometry: Geometry) -> Result<Self, LabelledError> {
+        let bytes = fs::read(path).map_err(|cause| LabelledError::Read { path: path.to_owned(), cause })?;
         let record = 1 + geometry.pixels();
         if bytes.is_empty() || bytes.len() % record != 0 {
             return Err(LabelledError::Length { path: path.to_owned(), length: bytes.len(), record, geometry });
         }
-        let count = bytes.len() / record;
-        let mut labels = Vec::with_capacity(count);
-        let mut pixels = Vec::with_capacity(bytes.len() - count);
-        for (index, bytes) in bytes.chunks_exact(record).enumerate() {
-            if usize::from(bytes[0]) >= num_classes {
-                let (record, class) = (index, bytes[0]);
-                return Err(LabelledError::Class { path: path.to_owned(), record, class, num_classes });
+        let mut labels = Vec::with_capacity(bytes.len() / record);
+        let mut pixels = Vec::with_capacity(bytes.len());
+        for record in bytes.chunks_exact(record) {
+            if let [class, image @ ..] = record {
+                labels.push(i64::from(*class));
+                pixels.extend_from_slice(image);
             }
-            labels.push(i64::from(bytes[0]));
-            pixels.extend_from_slice(&bytes[1..]);
         }
-        let size = [count, geometry.channels, geometry.height, geometry.width].map(|d| d as i64);
-        Ok(Self { images: Tensor::from_slice(&pixels).view(size), labels: Tensor::from_slice(&labels) })
+        Ok(Self { images: tensor(&pixels, labels.len(), geometry), labels, names: None })
+    }
+
+    fn from_folder(path: &Path, geometry: Geometry) -> Result<Self, LabelledError> {
+        let bad = |problem: String| LabelledError::Folder { path: path.to_owned(), problem };
+        if geometry.channels != 1 && geometry.channels != 3 {
+            let channels = geometry.channels;
+            return Err(bad(format!(
+                "the network takes images of {channels} channels, and image files have 1 or 3; give a file in CIFAR binary format"
+            )));
+        }
+        let (mut names, mut labels, mut pixels) = (Vec::new(), Vec::new(), Vec::new());
+        for folder in sorted(path)?.into_iter().filter(|entry| entry.is_dir()) {
+            let Some(name) = folder.file_name().map(|name| name.to_string_lossy().into_owned()) else { continue };
+            for file in sorted(&folder)?.into_iter().filter(|file| is_image(file)) {
+                pixels.extend(decode(&file, geometry)?);
+                labels.push(names.len() as i64);
+            }
+            names.push(name);
+        }
+        if labels.is_empty() {
+            let problem =
+                "it has no pictures; give one subfolder for each class with .png, .jpg or .jpeg files in it";
+            return Err(bad(problem.into()));
+        }
+        Ok(Self { images: tensor(&pixels, labels.len(), geometry), labels, names: Some(names) })
+    }
+}
+
+fn tensor(pixels: &[u8], count: usize, geometry: Geometry) -> Tensor {
+    let size = [count, geometry.channels, geometry.height, geometry.width].map(|d| d as i64);
+    Tensor::from_slice(pixels).view(size)
+}
+
+/// What lies in a folder, hidden entries left out, by name.
+fn sorted(folder: &Path) -> Result<Vec<PathBuf>, LabelledError> {
+    let failed = |cause| LabelledError::Read { path: folder.to_owned(), cause };
+    let mut paths = Vec::new();
+    for entry in fs::read_dir(folder).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        if !entry.file_name().to_string_lossy().starts_with('.') {
+            paths.push(entry.path());
+        }
+    }
+    paths.sort();
+    Ok(paths)
+}
+
+fn is_image(path: &Path) -> bool {
+    let extension = path.extension().map(|extension| extension.to_string_lossy().to_lowercase());
+    extension.is_some_and(|extension| EXTENSIONS.contains(&extension.as_str()))
+}
+
+/// One image file as u8 pixels `[C, H, W]`.
+fn decode(path: &Path, geometry: Geometry) -> Result<Vec<u8>, LabelledError> {
+    let read = |cause| LabelledError::Read { path: path.to_owned(), cause };
+    let reader = image::ImageReader::open(path).and_then(|reader| reader.with_guessed_format()).map_err(read)?;
+    let image =
+        reader.decode().map_err(|error| LabelledError::Image { path: path.to_owned(), cause: error.to_string() })?;
+    let (width, height) = (geometry.width as u32, geometry.height as u32);
+    let image = if (image.width(), image.height()) == (width, height) {
+        image
+    } else {
+        image.resize_to_fill(width, height, FilterType::Triangle)
+    };
+    let interleaved = match (geometry.channels, image) {
+        (1, image) => image.into_luma8().into_raw(),
+        (_, DynamicImage::ImageRgb8(image)) => image.into_raw(),
+        (_, image) => image.into_rgb8().into_raw(),
+    };
+    let channels = geometry.channels;
+    Ok((0..channels).flat_map(|channel| interleaved.iter().skip(channel).step_by(channels)).copied().collect())
+}
+
+impl LabelledImages {
+    /// Reads [`Pictures`] for a network with these outputs. A folder's subfolders are the network's classes by name; of a
+    /// network without names they are its outputs in alphabetical order, as torchvision's `ImageFolder` has it.
+    pub fn open(
+        path: &Path,
+        geometry: Geometry,
+        class_names: &[String],
+        num_classes: usize,
+    ) -> Result<Self, LabelledError> {
+        let pictures = Pictures::open(path, geometry)?;
+        let bad = |problem: String| LabelledError::Folder { path: path.to_owned(), problem };
+        let outputs: Option<Vec<i64>> = match &pictures.names {
+            None => None,
+            Some(names) if class_names.is_empty() && names.len() == num_classes => None,
+            Some(names) if class_names.is_empty() => {
+                return Err(bad(format!(
+                    "it has {} subfolders, but the network has {num_classes} outputs without names; give a subfolder for \
+                     each, or a network whose metadata has class_names",
+                    names.len()
+                )));
+            }
+            Some(names) => Some(
+                names
+                    .iter()
+                    .map(|name| match class_names.iter().position(|known| known == name) {
+                        Some(output) => Ok(output as i64),
+                        None => {
+                            let known = class_names.join(", ");
+                            Err(bad(format!("the network has no class {name:?}; it knows {known}")))
+                        }
+                    })
+                    .collect::<Result<_, _>>()?,
+            ),
+        };
+        let label = |label: &i64| match &outputs {
+            Some(outputs) => outputs.get(*label as usize).copied().unwrap_or(*label),
+            None => *label,
+        };
+        let labels: Vec<i64> = pictures.labels.iter().map(label).collect();
+        if let Some((record, class)) = labels.iter().enumerate().find(|(_, label)| **label as usize >= num_classes) {
+            return Err(LabelledError::Class { path: path.to_owned(), record, class: *class, num_classes });
+        }
+        Ok(Self { images: pictures.images, labels: Tensor::from_slice(&labels) })
     }
 
     /// N.
@@ -93,16 +244,73 @@ impl LabelledImages {
 
 /// The fraction of `images` (u8 pixels `[N, C, H, W]`) whose highest logit is that of their label (`[N]`).
 pub fn accuracy(images: &Tensor, labels: &Tensor, logits: impl Fn(&Tensor) -> Tensor) -> f64 {
+    let correct: i64 = predict(images, logits).eq_tensor(labels).sum(Kind::Int64).int64_value(&[]);
+    correct as f64 / labels.size()[0].max(1) as f64
+}
+
+/// The output with the highest logit for each of `images` (u8 pixels `[N, C, H, W]`): `[N]`, on the host.
+pub fn predict(images: &Tensor, logits: impl Fn(&Tensor) -> Tensor) -> Tensor {
     const BATCH: i64 = 250;
     let _guard = tch::no_grad_guard();
-    let count = labels.size()[0];
-    let mut correct = 0;
+    let count = images.size()[0];
+    let mut predicted = vec![Tensor::zeros([0], (Kind::Int64, Device::Cpu))];
     let mut at = 0;
     while at < count {
         let length = BATCH.min(count - at);
-        let predicted = logits(&images.narrow(0, at, length)).argmax(1, false).to_device(Device::Cpu);
-        correct += predicted.eq_tensor(&labels.narrow(0, at, length)).sum(Kind::Int64).int64_value(&[]);
+        predicted.push(logits(&images.narrow(0, at, length)).argmax(1, false).to_device(Device::Cpu));
         at += length;
     }
-    correct as f64 / count.max(1) as f64
+    Tensor::cat(&predicted, 0)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    const GEOMETRY: Geometry = Geometry { channels: 3, height: 2, width: 4 };
+
+    fn folder(classes: &[&str], size: (u32, u32)) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        for (index, class) in classes.iter().enumerate() {
+            fs::create_dir(folder.path().join(class)).unwrap();
+            let colour = image::Rgb([index as u8, 10, 20]);
+            let image = image::RgbImage::from_pixel(size.0, size.1, colour);
+            image.save(folder.path().join(class).join("a.png")).unwrap();
+        }
+        folder
+    }
+
+    fn names(names: &[&str]) -> Vec<String> {
+        names.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn subfolders_are_the_networks_classes_by_name_and_images_come_in_its_size() {
+        let folder = folder(&["ant", "bee"], (9, 6));
+        fs::write(folder.path().join("ant/notes.txt"), "not an image").unwrap();
+        let open = |names: &[String], n| LabelledImages::open(folder.path(), GEOMETRY, names, n);
+        let found = open(&names(&["bee", "cat", "ant"]), 3).unwrap();
+        assert_eq!(Vec::<i64>::try_from(&found.labels).unwrap(), [2, 0]);
+        assert_eq!(found.images.size(), [2, 3, 2, 4]);
+        let first = Vec::<u8>::try_from(found.images.get(1).reshape([-1])).unwrap();
+        assert_eq!(first, [[1u8; 8], [10; 8], [20; 8]].concat());
+        assert_eq!(Vec::<i64>::try_from(&open(&[], 2).unwrap().labels).unwrap(), [0, 1]);
+        let refused = open(&names(&["bee", "cat"]), 2).unwrap_err().to_string();
+        assert!(refused.contains("no class \"ant\"; it knows bee, cat"), "{refused}");
+        let refused = open(&[], 3).unwrap_err().to_string();
+        assert!(refused.contains("2 subfolders, but the network has 3 outputs"), "{refused}");
+    }
+
+    #[test]
+    fn folders_without_images_and_images_that_are_none_are_told() {
+        let empty = tempfile::tempdir().unwrap();
+        let refused = Pictures::open(empty.path(), GEOMETRY).unwrap_err().to_string();
+        assert!(refused.contains("has no pictures"), "{refused}");
+        let folder = folder(&["ant"], (4, 2));
+        fs::write(folder.path().join("ant/b.jpg"), "no image").unwrap();
+        let refused = Pictures::open(folder.path(), GEOMETRY).unwrap_err().to_string();
+        assert!(refused.contains("b.jpg as an image"), "{refused}");
+    }
 }

@@ -22,6 +22,17 @@ pub struct TrainableNetwork {
     tensors: BTreeMap<String, Tensor>,
     /// Names of the trainable tensors, in the order of [`NetworkSpec::tensors`].
     trainable: Vec<String>,
+    /// What convolutions compute in; weights, batch norm and the head stay f32.
+    kind: Kind,
+}
+
+/// Which statistics batch norm normalizes with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Statistics {
+    /// The batch's, which move the running ones.
+    Batch,
+    /// The running ones, which stay.
+    Running,
 }
 
 impl TrainableNetwork {
@@ -60,7 +71,40 @@ impl TrainableNetwork {
             }
             tensors.insert(tensor.name, value.detach().set_requires_grad(tensor.trainable));
         }
-        Self { spec: spec.clone(), tensors, trainable }
+        Self { spec: spec.clone(), tensors, trainable, kind: Kind::Float }
+    }
+
+    /// The same network, whose convolutions compute in this element type: mixed precision, where it is not f32.
+    pub fn in_precision(mut self, kind: Kind) -> Self {
+        self.kind = kind;
+        self
+    }
+
+    /// The network with more outputs, whose weights are random (PyTorch's default) and whose biases are zero.
+    pub fn widened(&self, num_classes: usize) -> Self {
+        let _guard = tch::no_grad_guard();
+        let head = self.spec.naming.head;
+        let mut spec = self.spec.clone();
+        spec.num_classes = num_classes;
+        let fresh = Self::fresh(&spec, self.device());
+        for (name, tensor) in &self.tensors {
+            let into = fresh.tensor(name);
+            if name.strip_prefix(head).is_some_and(|rest| rest.starts_with('.')) {
+                if name.ends_with(".bias") {
+                    let _ = into.shallow_clone().zero_();
+                }
+                let kept = tensor.size()[0].min(num_classes as i64);
+                into.narrow(0, 0, kept).copy_(&tensor.narrow(0, 0, kept));
+            } else {
+                into.shallow_clone().copy_(tensor);
+            }
+        }
+        fresh.in_precision(self.kind)
+    }
+
+    /// Where it lives.
+    pub fn device(&self) -> Device {
+        self.tensor("conv1.weight").device()
     }
 
     /// The architecture.
@@ -83,7 +127,7 @@ impl TrainableNetwork {
             let smaller = if smaller.dim() == 4 { channels_last(&smaller) } else { smaller };
             tensors.insert(name.clone(), smaller.set_requires_grad(tensor.requires_grad()));
         }
-        Self { spec: spec.clone(), tensors, trainable: self.trainable.clone() }
+        Self { spec: spec.clone(), tensors, trainable: self.trainable.clone(), kind: self.kind }
     }
 
     /// Every tensor and its name, in order of name.
@@ -98,6 +142,7 @@ impl TrainableNetwork {
             spec: self.spec.clone(),
             tensors: self.tensors.iter().map(copy).collect(),
             trainable: self.trainable.clone(),
+            kind: self.kind,
         }
     }
 
@@ -113,33 +158,40 @@ impl TrainableNetwork {
 
     /// Logits `[N, K]` of normalized images, with the batch's statistics, which move the running ones. For training.
     pub fn forward(&self, x: &Tensor) -> Tensor {
-        self.run(x, true)
+        self.classify(&self.features(x, Statistics::Batch))
+    }
+
+    /// The logits `[N, K]` of features `[N, C]`.
+    pub fn classify(&self, features: &Tensor) -> Tensor {
+        let head = self.spec.naming.head;
+        features.linear(self.tensor(&format!("{head}.weight")), Some(self.tensor(&format!("{head}.bias"))))
     }
 
     /// Logits `[N, K]` of normalized images in evaluation mode.
     pub fn logits(&self, x: &Tensor) -> Tensor {
-        tch::no_grad(|| self.run(x, false))
+        tch::no_grad(|| self.classify(&self.features(x, Statistics::Running)))
     }
 
-    fn run(&self, x: &Tensor, train: bool) -> Tensor {
+    /// The features `[N, C]` of normalized images: what the head sees.
+    pub fn features(&self, x: &Tensor, statistics: Statistics) -> Tensor {
         let unit = |x: &Tensor, conv: &str, bn: &str, stride: usize, padding: i64| {
             let weight = self.tensor(&format!("{conv}.weight"));
             let norm = |part: &str| Some(self.tensor(&format!("{bn}.{part}")));
             let stride = [stride as i64; 2];
-            x.conv2d(weight, None::<&Tensor>, stride, [padding; 2], [1, 1], 1).batch_norm(
-                norm("weight"),
-                norm("bias"),
-                norm("running_mean"),
-                norm("running_var"),
-                train,
-                BN_MOMENTUM,
-                BN_EPSILON,
-                true,
-            )
+            x.to_kind(self.kind)
+                .conv2d(&weight.to_kind(self.kind), None::<&Tensor>, stride, [padding; 2], [1, 1], 1)
+                .batch_norm(
+                    norm("weight"),
+                    norm("bias"),
+                    norm("running_mean"),
+                    norm("running_var"),
+                    statistics == Statistics::Batch,
+                    BN_MOMENTUM,
+                    BN_EPSILON,
+                    true,
+                )
         };
-        let head = self.spec.naming.head;
-        features(&self.spec, &channels_last(x), unit)
-            .linear(self.tensor(&format!("{head}.weight")), Some(self.tensor(&format!("{head}.bias"))))
+        features(&self.spec, &channels_last(x), unit).to_kind(Kind::Float)
     }
 
     /// The network as safetensors, with metadata from which [`NetworkSource::open`] reads it back without flags. The same

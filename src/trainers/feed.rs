@@ -40,10 +40,28 @@ pub struct Snapshot {
     pub step: u64,
 }
 
+/// Where a feed begins.
+#[derive(Clone, Debug)]
+pub enum From {
+    /// With the newest so many images that the log holds.
+    Newest(u64),
+    /// At the image with this sequence of a log, and with so many before it, for a buffer that was lost. Of another log:
+    /// with its newest so many.
+    Position {
+        /// The log.
+        log_id: String,
+        /// The sequence of the first image that was not seen yet.
+        sequence: u64,
+        /// Images before it.
+        before: u64,
+    },
+}
+
 /// A connection that heals itself.
 #[derive(Debug)]
 pub struct Feed {
     batches: mpsc::Receiver<Result<Batch, ClientError>>,
+    unseen_from: u64,
     snapshots: watch::Sender<Option<Snapshot>>,
     push_errors: mpsc::Receiver<ClientError>,
     stats: Arc<FeedStats>,
@@ -55,9 +73,9 @@ pub struct Feed {
 }
 
 impl Feed {
-    /// Connects, waiting up to `patience` for a daemon that is away or still loads its teacher, and streams the newest
-    /// `newest_images` that the log holds and then what is made.
-    pub fn connect(url: &str, patience: Duration, newest_images: u64) -> anyhow::Result<Self> {
+    /// Connects, waiting up to `patience` for a daemon that is away or still loads its teacher, and streams what the log
+    /// holds from there on and then what is made.
+    pub fn connect(url: &str, patience: Duration, from: From) -> anyhow::Result<Self> {
         // One thread is enough to move bytes, and leaves the cores to training.
         let runtime = runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let (client, description) = runtime.block_on(async {
@@ -72,17 +90,33 @@ impl Feed {
         let teacher = description.teacher.as_ref().map(|teacher| teacher.sha256.clone()).unwrap_or_default();
         // A log may hold far more than a buffer; what would only be pushed out again need not come.
         let log = description.log.clone().unwrap_or_default();
-        let start = log.next_sequence.saturating_sub(newest_images).max(log.first_sequence);
-        runtime.spawn(receive(client.clone(), Start::Sequence(start), teacher, batch_sender, stats.clone()));
+        let (start, unseen_from) = match from {
+            From::Newest(images) => (log.next_sequence.saturating_sub(images), 0),
+            From::Position { log_id, sequence, before } if log_id == log.log_id && sequence <= log.next_sequence => {
+                (sequence.saturating_sub(before), sequence)
+            }
+            From::Position { before, .. } => {
+                tracing::warn!("the daemon's log is not the one that was read before; reading its newest images");
+                (log.next_sequence.saturating_sub(before), 0)
+            }
+        };
+        let start = Start::Sequence(start.max(log.first_sequence));
+        let reading = receive(client.clone(), start, unseen_from, teacher, batch_sender, stats.clone());
+        runtime.spawn(reading);
         let pushing = Arc::new(Mutex::new(()));
         let most = description.max_student_bytes;
         runtime.spawn(push(client.clone(), newest, error_sender, stats.clone(), pushing.clone(), most));
-        Ok(Self { batches, snapshots, push_errors, stats, description, client, pushing, runtime })
+        Ok(Self { batches, unseen_from, snapshots, push_errors, stats, description, client, pushing, runtime })
     }
 
     /// What the daemon said of itself at the start.
     pub fn description(&self) -> &proto::DescribeResponse {
         &self.description
+    }
+
+    /// Images before this sequence are only sent to fill a buffer again. 0: there are none.
+    pub fn unseen_from(&self) -> u64 {
+        self.unseen_from
     }
 
     /// What the feed has seen so far.
@@ -142,6 +176,7 @@ impl Feed {
 async fn receive(
     client: Client,
     mut start: Start,
+    unseen_from: u64,
     teacher: String,
     batches: mpsc::Sender<Result<Batch, ClientError>>,
     stats: Arc<FeedStats>,
@@ -164,7 +199,8 @@ async fn receive(
                             let _ = batches.send(Err(ClientError::Contract { method: "Stream", problem })).await;
                             return;
                         }
-                        stats.images.fetch_add(batch.count as u64, Ordering::Relaxed);
+                        let seen = unseen_from.saturating_sub(batch.first_sequence).min(batch.count as u64);
+                        stats.images.fetch_add(batch.count as u64 - seen, Ordering::Relaxed);
                         if batches.send(Ok(batch)).await.is_err() {
                             return;
                         }

@@ -1,9 +1,12 @@
 //! Trainers: ordinary clients of the daemon, with no back door.
 
 pub mod average;
+pub mod continual;
 pub mod distill;
+pub mod dreams;
 pub mod feed;
 mod files;
+pub mod loss;
 pub mod progress;
 pub mod prune;
 pub mod replay;

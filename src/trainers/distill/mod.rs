@@ -1,9 +1,10 @@
 //! Distillation: a student learns the teacher's logits on streamed dreams, and pushes its weights back.
 
 mod options;
+mod saved;
+mod teacher;
 
 use std::collections::VecDeque;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -14,18 +15,20 @@ use rand_chacha::ChaCha8Rng;
 use tch::{Kind, Tensor};
 
 use crate::grid;
-use crate::model::checkpoint::Checkpoint;
 use crate::model::labelled::LabelledImages;
 use crate::model::pixels::Pixels;
-use crate::model::source::{Geometry, Normalization};
 use crate::model::spec::NetworkSpec;
-use crate::model::trainable::{Metadata, TrainableNetwork};
-use crate::trainers::average::{self, Average};
-use crate::trainers::feed::{Feed, Snapshot};
+use crate::model::trainable::TrainableNetwork;
+use crate::synthesis::Teacher;
+use crate::trainers::average::Average;
+use crate::trainers::feed::{Feed, From, Snapshot};
 use crate::trainers::files::{check_writable, write_whole};
 use crate::trainers::progress::{Progress, State};
 use crate::trainers::replay::ReplayBuffer;
-use crate::trainers::sgd::{self, Sgd};
+use crate::trainers::sgd::Sgd;
+
+use saved::Saved;
+use teacher::TeacherFacts;
 
 pub use options::{Budget, Measurement, Options, Summary};
 
@@ -37,48 +40,6 @@ const REPORT_EVERY: u64 = 10;
 const WAIT: Duration = Duration::from_millis(200);
 /// Images in the PNG grid.
 const GRID_IMAGES: usize = 60;
-
-/// What the daemon says of its teacher, as a trainer needs it.
-struct TeacherFacts {
-    arch: String,
-    num_classes: usize,
-    class_names: Vec<String>,
-    geometry: Geometry,
-    normalization: Normalization,
-}
-
-impl TeacherFacts {
-    fn from(feed: &Feed) -> anyhow::Result<Self> {
-        let teacher = feed.description().teacher.clone().context("Describe names no teacher")?;
-        let geometry = teacher.geometry.context("Describe gives no geometry")?;
-        let normalization = teacher.normalization.context("Describe gives no normalization")?;
-        Ok(Self {
-            arch: teacher.arch,
-            num_classes: teacher.num_classes as usize,
-            class_names: teacher.class_names,
-            geometry: Geometry {
-                channels: geometry.channels as usize,
-                height: geometry.height as usize,
-                width: geometry.width as usize,
-            },
-            normalization: Normalization { mean: normalization.mean, std: normalization.std },
-        })
-    }
-
-    fn metadata(&self, spec: &NetworkSpec) -> Metadata {
-        let (g, n) = (self.geometry, &self.normalization);
-        let names = if spec.num_classes == self.num_classes { self.class_names.as_slice() } else { &[] };
-        Metadata::new(spec.arch(), &n.mean, &n.std, [g.height, g.width], names)
-    }
-}
-
-/// T² KL(teacher ‖ student) of logits `[N, K]` at temperature T, the batch's mean (Hinton et al. 2015).
-pub fn distillation_loss(student: &Tensor, teacher: &Tensor, temperature: f64) -> Tensor {
-    let teacher = (teacher / temperature).log_softmax(1, None);
-    let student = (student / temperature).log_softmax(1, None);
-    let count = student.size()[0] as f64;
-    (teacher.exp() * (&teacher - student)).sum(None) * (temperature * temperature / count)
-}
 
 /// The learning rate's factor when a part `done` (0..1) of the training is over: linear warm-up, then half a cosine.
 fn rate_factor(done: f64) -> f64 {
@@ -95,13 +56,16 @@ pub fn run(options: &Options, listen: impl FnOnce() -> anyhow::Result<Arc<Atomic
     for path in [&options.out, &options.checkpoint, &options.summary, &options.grid].into_iter().flatten() {
         check_writable(path)?;
     }
-    let feed = Feed::connect(&options.connect, options.patience, options.buffer_images as u64)?;
+    let saved = options.checkpoint.as_deref().map(Saved::open).transpose()?.flatten();
+    let held = options.buffer_images as u64;
+    let from = saved.as_ref().map_or(From::Newest(held), |saved| saved.from(held));
+    let feed = Feed::connect(&options.connect, options.patience, from)?;
     let facts = TeacherFacts::from(&feed)?;
     let test = match &options.test_data {
-        Some(path) => Some(LabelledImages::open(path, facts.geometry, facts.num_classes)?),
+        Some(path) => Some(LabelledImages::open(path, facts.geometry, &facts.class_names, facts.num_classes)?),
         None => None,
     };
-    let mut training = Training::start(options, feed, facts, test)?;
+    let mut training = Training::start(options, saved, feed, facts, test)?;
     let stop = listen()?;
     let trained = training.go_on(&stop);
     // Whatever ended the training, what was learned is kept; then the error is told.
@@ -114,6 +78,8 @@ struct Training<'a> {
     feed: Feed,
     facts: TeacherFacts,
     test: Option<LabelledImages>,
+    /// Where the teacher's own file was given: asked about exactly the pixels that the student sees.
+    teacher: Option<Teacher>,
     student: TrainableNetwork,
     average: Option<Average>,
     sgd: Sgd,
@@ -124,7 +90,12 @@ struct Training<'a> {
     began: Instant,
     /// Wall time of earlier parts of a resumed training.
     before: Duration,
+    /// Batches of this process, without those that only filled the buffer again.
     batches: u64,
+    /// Images before this sequence were trained on before the training was interrupted.
+    seen_to: u64,
+    /// The sequence behind the last batch that was taken.
+    position: u64,
     /// Steps made by this process, for pacing.
     own_steps: u64,
     state: State,
@@ -139,6 +110,7 @@ struct Training<'a> {
 impl<'a> Training<'a> {
     fn start(
         options: &'a Options,
+        saved: Option<Saved>,
         feed: Feed,
         facts: TeacherFacts,
         test: Option<LabelledImages>,
@@ -148,21 +120,13 @@ impl<'a> Training<'a> {
         let arch = options.arch.as_ref().unwrap_or(&facts.arch);
         let spec = NetworkSpec::fresh(arch, facts.geometry.channels, facts.num_classes)?;
         let mut sgd = Sgd::new(options.momentum, options.weight_decay);
-        let mut state = State::default();
-        let mut before = Duration::ZERO;
-        let resumed = options.checkpoint.as_ref().filter(|path| path.exists());
-        let fetched = if options.fetch && resumed.is_none() { feed.fetch_student(options.patience)? } else { None };
-        let mut saved = None;
-        let student = if let Some(path) = resumed {
-            let (checkpoint, network, spec) = resume(path, options.arch.as_deref(), &facts)?;
-            let number = |key: &str| checkpoint.metadata().get(key).and_then(|text| text.parse::<f64>().ok());
+        let state = saved.as_ref().map(Saved::state).unwrap_or_default();
+        let before = saved.as_ref().map(Saved::elapsed).unwrap_or_default();
+        let fetched = if options.fetch && saved.is_none() { feed.fetch_student(options.patience)? } else { None };
+        let student = if let Some(saved) = &saved {
+            let (network, spec) = saved.network(options.arch.as_deref(), &facts)?;
             let student = TrainableNetwork::load(&spec, &network, device);
-            sgd.load(&student, &checkpoint);
-            state.step = number("step").unwrap_or_default() as u64;
-            state.consumed = number("consumed").unwrap_or_default() as u64;
-            before = Duration::from_secs_f64(number("seconds").unwrap_or_default().clamp(0.0, 1e9));
-            eprintln!("distill: resuming {} at step {}", path.display(), state.step);
-            saved = Some(checkpoint);
+            sgd.load(&student, &saved.checkpoint);
             student
         } else if let Some(fetched) = fetched {
             let arch = &fetched.header.arch;
@@ -176,15 +140,17 @@ impl<'a> Training<'a> {
             TrainableNetwork::load(&spec, &fetched.checkpoint, device)
         } else {
             TrainableNetwork::fresh(&spec, device)
-        };
+        }
+        .in_precision(options.precision);
         let mut average = (options.ema > 0.0).then(|| Average::new(options.ema, &student));
         if let (Some(average), Some(saved)) = (&mut average, &saved) {
-            average.load(saved, state.step);
+            average.load(&saved.checkpoint, state.step);
         }
         let mut marks: Vec<Duration> = options.eval_at.iter().copied().filter(|mark| *mark >= before).collect();
         marks.sort();
         let marks = marks.into();
         let g = facts.geometry;
+        let position = feed.unseen_from();
         Ok(Self {
             pixels: Pixels::new(&facts.normalization, device, Kind::Float),
             buffer: ReplayBuffer::new(
@@ -202,6 +168,9 @@ impl<'a> Training<'a> {
             marks,
             sums: (Tensor::from(0f32).to_device(device), Tensor::from(0f32).to_device(device), 0),
             shown: Vec::new(),
+            teacher: options.teacher.as_deref().map(|path| facts.load(path, device)).transpose()?,
+            seen_to: position,
+            position,
             options,
             feed,
             facts,
@@ -245,7 +214,9 @@ impl<'a> Training<'a> {
 
     fn take(&mut self, batch: crate::client::Batch) -> anyhow::Result<()> {
         self.buffer.push(&batch)?;
-        self.batches += 1;
+        let end = batch.first_sequence + batch.count as u64;
+        self.batches += u64::from(end > self.seen_to);
+        self.position = end;
         let wanted = GRID_IMAGES * self.facts.geometry.pixels();
         if self.options.grid.is_some() {
             // The newest images: what the method makes against a student that has learned.
@@ -283,10 +254,15 @@ impl<'a> Training<'a> {
     fn step(&mut self) -> anyhow::Result<()> {
         let drawn = self.buffer.draw(self.options.batch_size, &mut self.rng);
         let images = self.options.augmentation.apply(&drawn.images, &mut self.rng);
-        let logits = self.student.forward(&self.pixels.normalize(&images));
+        let seen = self.pixels.normalize(&images);
+        let wanted = match &self.teacher {
+            Some(teacher) => teacher.network.logits(&seen),
+            None => drawn.logits,
+        };
+        let logits = self.student.forward(&seen);
         // A student may know more classes than the teacher: it learns the teacher's from it, and keeps the others.
         let logits = logits.narrow(1, 0, self.facts.num_classes as i64);
-        let loss = distillation_loss(&logits, &drawn.logits, self.options.temperature);
+        let loss = self.options.loss.between(&logits, &wanted, self.options.temperature);
         loss.backward();
         let rate = self.options.learning_rate * rate_factor(self.done());
         self.sgd.step(&self.student, rate);
@@ -295,7 +271,7 @@ impl<'a> Training<'a> {
         }
         {
             let _guard = tch::no_grad_guard();
-            let agrees = logits.argmax(1, false).eq_tensor(&drawn.logits.argmax(1, false));
+            let agrees = logits.argmax(1, false).eq_tensor(&wanted.argmax(1, false));
             self.sums.0 += loss.detach();
             self.sums.1 += agrees.mean(Kind::Float);
             self.sums.2 += 1;
@@ -368,12 +344,9 @@ impl<'a> Training<'a> {
 
     fn save_checkpoint(&self) -> anyhow::Result<()> {
         let Some(path) = &self.options.checkpoint else { return Ok(()) };
-        let metadata = self
-            .facts
-            .metadata(self.student.spec())
-            .with("step", self.state.step)
-            .with("consumed", self.state.consumed)
-            .with("seconds", self.elapsed().as_secs_f64());
+        let network = self.facts.metadata(self.student.spec());
+        let log_id = self.feed.description().log.as_ref().map(|log| log.log_id.as_str()).unwrap_or_default();
+        let metadata = saved::metadata(network, &self.state, self.elapsed(), log_id, self.position);
         let mut more = self.sgd.state();
         more.extend(self.average.iter().flat_map(Average::state));
         write_whole(path, &self.student.to_safetensors_with(&metadata, &more))
@@ -422,26 +395,4 @@ impl<'a> Training<'a> {
         }
         Ok(summary)
     }
-}
-
-/// A training checkpoint, the network in it alone, and what that is.
-fn resume(
-    path: &Path,
-    arch: Option<&str>,
-    facts: &TeacherFacts,
-) -> anyhow::Result<(Checkpoint, Checkpoint, NetworkSpec)> {
-    let checkpoint = Checkpoint::open(path).with_context(|| format!("cannot resume from {}", path.display()))?;
-    let network = checkpoint.only(|name| !name.starts_with(sgd::PREFIX) && !name.starts_with(average::PREFIX));
-    let known = checkpoint.metadata().get("arch").map(String::as_str);
-    if let (Some(arch), Some(known)) = (arch, known)
-        && arch != known
-    {
-        bail!("cannot resume from {}: it is the training of a {known}, not of a {arch}", path.display());
-    }
-    let spec = NetworkSpec::from_checkpoint(known.or(arch).unwrap_or(&facts.arch), &network)
-        .with_context(|| format!("cannot resume from {}", path.display()))?;
-    if spec.in_channels != facts.geometry.channels || spec.num_classes < facts.num_classes {
-        bail!("cannot resume from {}: its network does not fit this teacher's images and classes", path.display());
-    }
-    Ok((checkpoint, network, spec))
 }

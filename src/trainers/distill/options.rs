@@ -4,9 +4,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::Serialize;
-use tch::Device;
+use tch::{Device, Kind};
 
 use crate::model::augment::Augmentation;
+use crate::trainers::loss::Loss;
 
 /// How long to train.
 #[derive(Clone, Copy, Debug)]
@@ -45,8 +46,15 @@ pub struct Options {
     /// The part of the moving average of the weights that stays at each step; that average is what is measured and saved.
     /// 0: the weights themselves.
     pub ema: f64,
-    /// T of the distillation loss.
+    /// How far the student's logits are from the teacher's.
+    pub loss: Loss,
+    /// T of that loss, where it is KL.
     pub temperature: f64,
+    /// What the student's convolutions compute in.
+    pub precision: Kind,
+    /// The teacher's own file, to be asked about exactly the pixels that the student sees; otherwise the logits of the
+    /// unchanged images, which came with them, are learned.
+    pub teacher: Option<PathBuf>,
     /// Changes to images before each step.
     pub augmentation: Augmentation,
     /// Images kept to be drawn again.

@@ -8,33 +8,29 @@ mod options;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use tch::{Kind, Tensor};
 
 use crate::model::channels::{Place, stages, without};
-use crate::model::labelled::LabelledImages;
+use crate::model::labelled::{LabelledImages, Pictures};
 use crate::model::network::FrozenNetwork;
 use crate::model::source::NetworkSource;
 use crate::model::spec::{NetworkSpec, Shortcut};
 use crate::model::trainable::{Metadata, TrainableNetwork};
 use crate::synthesis::Teacher;
-use crate::trainers::distill::distillation_loss;
-use crate::trainers::feed::{Feed, Snapshot};
+use crate::trainers::dreams::Dreams;
+use crate::trainers::feed::Snapshot;
 use crate::trainers::files::{check_writable, write_whole};
-use crate::trainers::replay::ReplayBuffer;
+use crate::trainers::loss::distillation_loss;
 use crate::trainers::sgd::Sgd;
 use importance::Importance;
 
 pub use options::{Condition, Images, Measure, Options, Summary};
 
-/// How long to wait for a batch before looking around again.
-const WAIT: Duration = Duration::from_millis(200);
-/// How long the last push may take.
-const LAST_PUSH: Duration = Duration::from_secs(2);
 /// Steps between two lines of progress.
 const REPORT_EVERY: u64 = 50;
 
@@ -45,7 +41,10 @@ pub fn run(options: &Options, stop: &AtomicBool) -> anyhow::Result<Summary> {
     }
     let source = NetworkSource::open(&options.model, &options.source)?;
     let test = match &options.test_data {
-        Some(path) => Some(LabelledImages::open(path, source.geometry, source.spec.num_classes)?),
+        Some(path) => {
+            let classes = (&source.class_names, source.spec.num_classes);
+            Some(LabelledImages::open(path, source.geometry, classes.0, classes.1)?)
+        }
         None => None,
     };
     tch::manual_seed(options.seed as i64);
@@ -109,10 +108,10 @@ impl Size {
 
 /// Where images come from.
 enum Supply {
-    /// A daemon's stream, kept to be drawn again.
-    Stream(Box<Feed>, ReplayBuffer),
-    /// Pictures in a file.
-    File(LabelledImages),
+    /// A daemon's stream.
+    Stream(Box<Dreams>),
+    /// Pictures in a file or a folder.
+    File(Tensor),
 }
 
 impl Supply {
@@ -120,47 +119,23 @@ impl Supply {
         let (url, patience) = match &options.images {
             Images::Stream { connect, patience } => (connect, *patience),
             Images::File(path) => {
-                return Ok(Self::File(LabelledImages::open(path, source.geometry, source.spec.num_classes)?));
+                return Ok(Self::File(Pictures::open(path, source.geometry)?.images));
             }
         };
-        let feed = Feed::connect(url, patience, options.buffer_images as u64)?;
-        let teacher = feed.description().teacher.clone().context("Describe names no teacher")?;
-        if teacher.sha256 != source.identity {
-            let short = |sha256: &str| sha256.chars().take(12).collect::<String>();
-            bail!(
-                "the daemon dreams from the network {}, but {} is {}; give --model the daemon's teacher",
-                short(&teacher.sha256),
-                options.model.display(),
-                short(&source.identity)
-            );
-        }
-        let g = source.geometry;
-        let shape = [g.channels, g.height, g.width];
-        let buffer = ReplayBuffer::new(options.buffer_images, shape, source.spec.num_classes, options.device);
-        Ok(Self::Stream(Box::new(feed), buffer))
+        let held = (options.min_images, options.buffer_images);
+        let dreams = Dreams::open(url, patience, (&options.model, source), held, options.device)?;
+        Ok(Self::Stream(Box::new(dreams)))
     }
-
     /// u8 pixels for a step; None where there are not enough yet.
     fn draw(&mut self, options: &Options, rng: &mut ChaCha8Rng) -> anyhow::Result<Option<Tensor>> {
         match self {
             Self::File(pictures) => {
-                let count = pictures.count();
+                let count = pictures.size()[0] as usize;
                 let most = options.batch_size.min(count);
                 let indices: Vec<i64> = rand::seq::index::sample(rng, count, most).iter().map(|i| i as i64).collect();
-                Ok(Some(pictures.images.index_select(0, &Tensor::from_slice(&indices)).to_device(options.device)))
+                Ok(Some(pictures.index_select(0, &Tensor::from_slice(&indices)).to_device(options.device)))
             }
-            Self::Stream(feed, buffer) => {
-                while let Some(batch) = feed.try_next()? {
-                    buffer.push(&batch)?;
-                }
-                if buffer.len() < options.min_images.max(1) {
-                    if let Some(batch) = feed.next(WAIT)? {
-                        buffer.push(&batch)?;
-                    }
-                    return Ok(None);
-                }
-                Ok(Some(buffer.draw(options.batch_size, rng).images))
-            }
+            Self::Stream(dreams) => Ok(dreams.draw(options.batch_size, rng)?.map(|drawn| drawn.images)),
         }
     }
 }
@@ -275,8 +250,8 @@ impl Pruning<'_> {
     }
 
     fn push(&self) {
-        if let Supply::Stream(feed, _) = &self.supply {
-            feed.push(self.snapshot());
+        if let Supply::Stream(dreams) = &self.supply {
+            dreams.push(self.snapshot());
         }
     }
 
@@ -351,11 +326,10 @@ impl Pruning<'_> {
         if let Some(path) = &self.options.out {
             write_whole(path, &snapshot.file)?;
         }
-        if let Supply::Stream(feed, _) = &self.supply
+        if let Supply::Stream(dreams) = &self.supply
             && self.step > 0
-            && let Err(error) = feed.push_and_wait(snapshot, LAST_PUSH)
         {
-            eprintln!("prune: the final student was not pushed: {error}");
+            dreams.push_last("prune", snapshot);
         }
         let complete = !self.stop.load(Ordering::Relaxed);
         let summary = Summary { before, pruned, tuned, steps: self.step, complete };

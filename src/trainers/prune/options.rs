@@ -42,7 +42,7 @@ pub enum Images {
         /// How long to wait.
         patience: Duration,
     },
-    /// Pictures in CIFAR binary format; their labels are not used.
+    /// Pictures in CIFAR binary format or in an image folder; their labels are not used.
     File(PathBuf),
 }
 

@@ -1,0 +1,88 @@
+//! A training's state in a file: weights, momentum, the moving average, and where in the log it stood.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+
+use super::teacher::TeacherFacts;
+use crate::model::checkpoint::Checkpoint;
+use crate::model::spec::NetworkSpec;
+use crate::model::trainable::Metadata;
+use crate::trainers::feed::From;
+use crate::trainers::progress::State;
+use crate::trainers::{average, sgd};
+
+/// An interrupted training.
+pub(super) struct Saved {
+    path: PathBuf,
+    /// Every tensor of it.
+    pub checkpoint: Checkpoint,
+}
+
+impl Saved {
+    /// None where there is no such file.
+    pub fn open(path: &Path) -> anyhow::Result<Option<Self>> {
+        if !path.exists() {
+            return Ok(None);
+        }
+        let checkpoint = Checkpoint::open(path).with_context(|| format!("cannot resume from {}", path.display()))?;
+        Ok(Some(Self { path: path.to_owned(), checkpoint }))
+    }
+
+    fn number(&self, key: &str) -> f64 {
+        self.checkpoint.metadata().get(key).and_then(|text| text.parse::<f64>().ok()).unwrap_or_default()
+    }
+
+    /// Steps made and images consumed.
+    pub fn state(&self) -> State {
+        State { step: self.number("step") as u64, consumed: self.number("consumed") as u64, ..State::default() }
+    }
+
+    /// Wall time so far.
+    pub fn elapsed(&self) -> Duration {
+        Duration::from_secs_f64(self.number("seconds").clamp(0.0, 1e9))
+    }
+
+    /// Where the stream goes on: at the very next image, after those that the buffer of `buffer_images` held.
+    pub fn from(&self, buffer_images: u64) -> From {
+        let metadata = self.checkpoint.metadata();
+        let sequence = metadata.get("position").and_then(|text| text.parse().ok()).filter(|sequence| *sequence > 0);
+        match (metadata.get("log_id"), sequence) {
+            (Some(log_id), Some(sequence)) => {
+                From::Position { log_id: log_id.clone(), sequence, before: buffer_images }
+            }
+            _ => From::Newest(buffer_images),
+        }
+    }
+
+    /// The network in it alone, and what that is.
+    pub fn network(&self, arch: Option<&str>, facts: &TeacherFacts) -> anyhow::Result<(Checkpoint, NetworkSpec)> {
+        let path = self.path.display();
+        let ours = |name: &str| !name.starts_with(sgd::PREFIX) && !name.starts_with(average::PREFIX);
+        let network = self.checkpoint.only(ours);
+        let known = self.checkpoint.metadata().get("arch").map(String::as_str);
+        if let (Some(arch), Some(known)) = (arch, known)
+            && arch != known
+        {
+            bail!("cannot resume from {path}: it is the training of a {known}, not of a {arch}");
+        }
+        let spec = NetworkSpec::from_checkpoint(known.or(arch).unwrap_or(&facts.arch), &network)
+            .with_context(|| format!("cannot resume from {path}"))?;
+        if spec.in_channels != facts.geometry.channels || spec.num_classes < facts.num_classes {
+            bail!("cannot resume from {path}: its network does not fit this teacher's images and classes");
+        }
+        eprintln!("distill: resuming {path} at step {}", self.number("step"));
+        Ok((network, spec))
+    }
+}
+
+/// What [`Saved`] reads back, beside the tensors.
+pub(super) fn metadata(network: Metadata, state: &State, elapsed: Duration, log_id: &str, position: u64) -> Metadata {
+    network
+        .with("step", state.step)
+        .with("consumed", state.consumed)
+        .with("seconds", elapsed.as_secs_f64())
+        .with("log_id", log_id)
+        .with("position", position)
+}
