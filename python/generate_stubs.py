@@ -1,7 +1,8 @@
 """Generates dreamfeed/_proto from proto/dreamfeed/v1/dreamfeed.proto: `python python/generate_stubs.py`.
 
-Needs grpcio-tools. The modules register the file under the name that any other client of the contract gives it, so that
-both can be loaded into one process.
+Needs the grpcio-tools of requirements.txt: what a newer one generates does not run with what pyproject.toml allows. The
+modules register the file under the name that any other client of the contract gives it, so that both can be loaded into
+one process.
 """
 
 import sys

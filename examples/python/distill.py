@@ -1,9 +1,7 @@
-"""Distils a daemon's teacher into a CIFAR ResNet, without data, in plain PyTorch.
+"""Distils a daemon's teacher into a CIFAR ResNet without data; started again, it goes on with the very next image.
 
-    dreamfeed serve --teacher teacher.safetensors --preset cifar10-live
-    python examples/python/distill.py --connect 127.0.0.1:7461 --arch resnet20 --steps 20000 --out student.safetensors
-
-Interrupted, it goes on from its checkpoint with the very next image.
+dreamfeed serve --teacher teacher.safetensors --preset cifar10-live
+python examples/python/distill.py --connect 127.0.0.1:7461 --arch resnet20 --steps 20000 --out student.safetensors
 """
 
 import argparse
@@ -12,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from dreamfeed import Client, DreamStream, StudentPusher
+from dreamfeed import Client, DreamStream, StudentPusher, TrainingCheckpoint, save_student
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -35,38 +33,20 @@ optimizer = torch.optim.SGD(student.parameters(), 0.1, momentum=0.9, weight_deca
 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
 stream = DreamStream(args.connect, start="earliest", batch_size=args.batch_size, replay=0.5)
 parts = {"student": student, "optimizer": optimizer, "schedule": schedule, "stream": stream}
+checkpoint = TrainingCheckpoint(args.out.with_suffix(".ckpt"), **parts)
+steps, batches = range(checkpoint.load() + 1, args.steps + 1), DataLoader(stream, batch_size=None)
 
-checkpoint = args.out.with_suffix(".ckpt")
-done = 0
-if checkpoint.exists():
-    saved = torch.load(checkpoint, weights_only=True)
-    done = saved.pop("step")
-    for name, state in saved.items():
-        parts[name].load_state_dict(state)
-
-with StudentPusher(client, args.arch) as pusher:
-    batches = iter(DataLoader(stream, batch_size=None))
-    for step in range(done + 1, args.steps + 1):
-        images, labels, teacher_logits, info = next(batches)
-        t = args.temperature
-        log_probabilities = F.log_softmax(student(images) / t, 1)
-        loss = F.kl_div(log_probabilities, F.softmax(teacher_logits / t, 1), reduction="batchmean") * t * t
+with StudentPusher(client) as pusher:
+    for step, (images, _, teacher_logits, info) in zip(steps, batches, strict=False):
+        found = F.log_softmax(student(images) / args.temperature, 1)
+        wanted = F.softmax(teacher_logits / args.temperature, 1)
+        loss = F.kl_div(found, wanted, reduction="batchmean") * args.temperature**2
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         if step % args.push_every == 0 or step == args.steps:
             pusher.push(student, step)  # the next images are made where this student and the teacher disagree
-            torch.save({name: part.state_dict() for name, part in parts.items()} | {"step": step}, checkpoint)
-            print(
-                f"step {step}  loss {loss:.3f}  image {info.sequence.max()}  student {info.current_student_version}"
-            )
-
-cifar_resnet.save(
-    student,
-    args.out,
-    mean=teacher.mean,
-    std=teacher.std,
-    image_size=teacher.image_shape[1:],
-    class_names=teacher.class_names,
-)
+            checkpoint.save(step)
+            print(f"step {step}  loss {loss:.3f}  image {info.sequence.max()}")
+save_student(student, args.out, teacher)

@@ -3,6 +3,7 @@
 - :class:`DreamStream`: an ``IterableDataset`` of ``(images, labels, teacher_logits, info)``.
 - :class:`Client`: ``describe``, ``push_student``, ``fetch_student``, ``set_synthesizer``.
 - :class:`StudentPusher`: pushes the student in the background of the training loop.
+- :class:`TrainingCheckpoint` and :func:`save_student`: what a training goes on from, and what it is for.
 - :mod:`dreamfeed.convert`: PyTorch checkpoints to the safetensors files that the daemon reads.
 - :mod:`dreamfeed.lightning`: a callback for Lightning.
 
@@ -11,6 +12,7 @@ Every error is a :class:`DreamfeedError`, and its message says what to do.
 
 from dreamfeed._batch import Batch, BatchInfo
 from dreamfeed._channel import Tls
+from dreamfeed.checkpoint import TrainingCheckpoint, save_student
 from dreamfeed.client import (
     Client,
     DaemonInfo,
@@ -63,6 +65,8 @@ __all__ = [
     "SynthesizerInfo",
     "TeacherInfo",
     "Tls",
+    "TrainingCheckpoint",
     "UnavailableError",
     "merge_states",
+    "save_student",
 ]

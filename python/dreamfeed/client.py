@@ -313,11 +313,11 @@ class Snapshot:
                 copied[-1].record()
         return cls(tensors, copied)
 
-    def encode(self) -> bytes:
-        """A safetensors file; the same weights make the same bytes."""
+    def encode(self, metadata: dict[str, str] | None = None) -> bytes:
+        """A safetensors file; without metadata, whose order varies, the same weights make the same bytes."""
         for event in self.copied:
             event.synchronize()
-        return safetensors.torch.save(self.tensors)
+        return safetensors.torch.save(self.tensors, metadata)
 
 
 def arch_of(model: Weights, arch: str | None) -> str:

@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dreamfeed._files import metadata, replacing
+
 #: Keys under which training scripts keep the weights.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params")
 #: What DataParallel, torch.compile and Lightning put before names.
@@ -83,30 +85,22 @@ def convert(
         FileNotFoundError: there is no such file.
     """
     source, target = Path(source), Path(target)
-    metadata = _metadata(arch, mean, std, image_size, class_names)
+    _check_metadata(arch, mean, std, image_size)
+    described = metadata(arch, mean, std, image_size, class_names)
     checkpoint = _load(source)
     state, unwrapped, left_out = _unwrap(source, checkpoint, key)
     state, stripped = _strip(source, state, prefix)
     tensors = {name: _plain(source, name, value, dtype) for name, value in state.items()}
     _check(source, tensors, len(mean), class_names)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    try:
-        save_file(tensors, partial, metadata=metadata)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-    described = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    return Converted(target, described, metadata, unwrapped, stripped, left_out)
+    with replacing(target) as partial:
+        save_file(tensors, partial, metadata=described)
+    written = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    return Converted(target, written, described, unwrapped, stripped, left_out)
 
 
-def _metadata(
-    arch: str,
-    mean: Sequence[float],
-    std: Sequence[float],
-    image_size: tuple[int, int],
-    class_names: Sequence[str],
-) -> dict[str, str]:
+def _check_metadata(
+    arch: str, mean: Sequence[float], std: Sequence[float], image_size: tuple[int, int]
+) -> None:
     if not arch:
         raise ConvertError("arch is empty; name the architecture, for example resnet20")
     if not mean or len(mean) != len(std):
@@ -121,15 +115,6 @@ def _metadata(
         )
     if len(image_size) != 2 or any(not 1 <= size <= 4096 for size in image_size):
         raise ConvertError(f"image_size is {image_size}; give height and width in pixels, for example 32,32")
-    metadata = {
-        "arch": arch,
-        "mean": ",".join(f"{value:.9g}" for value in mean),
-        "std": ",".join(f"{value:.9g}" for value in std),
-        "image_size": f"{image_size[0]},{image_size[1]}",
-    }
-    if class_names:
-        metadata["class_names"] = json.dumps(list(class_names))
-    return metadata
 
 
 def _load(source: Path) -> object:

@@ -1,5 +1,6 @@
 """The stream of dreams as a PyTorch dataset."""
 
+import atexit
 import inspect
 import logging
 import os
@@ -395,6 +396,8 @@ class _Reader:
         self._channel: grpc.Channel | None = None
         self._thread = threading.Thread(target=self._run, name="dreamfeed-stream", daemon=True)
         self._thread.start()
+        # An iterator in a global variable outlives grpc's own globals, without which a connection cannot be closed.
+        atexit.register(self.close)
 
     def next(self, worker: _Worker | None) -> Batch | None:
         """The next batch; waits for it. None where nobody wants the worker's any more."""
@@ -411,8 +414,12 @@ class _Reader:
             raise self._error
 
     def close(self) -> None:
+        # First of all, because the globals of this module may be gone as well when the iterator is.
+        if self._closed:
+            return
         if self._pid != os.getpid():
             return  # a forked child has neither the thread nor the connection
+        atexit.unregister(self.close)
         with self._changed:
             self._closed = True
             channel, self._channel = self._channel, None

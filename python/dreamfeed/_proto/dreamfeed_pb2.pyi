@@ -1,5 +1,3 @@
-import datetime
-
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -119,7 +117,7 @@ class Student(_message.Message):
     trainer_step: int
     accepted_at: _timestamp_pb2.Timestamp
     num_classes: int
-    def __init__(self, version: _Optional[int] = ..., arch: _Optional[str] = ..., byte_length: _Optional[int] = ..., sha256: _Optional[bytes] = ..., trainer_step: _Optional[int] = ..., accepted_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., num_classes: _Optional[int] = ...) -> None: ...
+    def __init__(self, version: _Optional[int] = ..., arch: _Optional[str] = ..., byte_length: _Optional[int] = ..., sha256: _Optional[bytes] = ..., trainer_step: _Optional[int] = ..., accepted_at: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., num_classes: _Optional[int] = ...) -> None: ...
 
 class Log(_message.Message):
     __slots__ = ("log_id", "first_sequence", "next_sequence", "chunks", "bytes", "images", "lost_images")
@@ -211,7 +209,7 @@ class StalenessBound(_message.Message):
     MAX_AGE_FIELD_NUMBER: _ClassVar[int]
     max_student_versions: int
     max_age: _duration_pb2.Duration
-    def __init__(self, max_student_versions: _Optional[int] = ..., max_age: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    def __init__(self, max_student_versions: _Optional[int] = ..., max_age: _Optional[_Union[_duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class StreamResponse(_message.Message):
     __slots__ = ("payload", "cursor", "first_sequence", "count", "current_student_version", "lag", "age", "realized_replay_ratio", "fresh_count", "stale_images")
@@ -235,7 +233,7 @@ class StreamResponse(_message.Message):
     realized_replay_ratio: float
     fresh_count: int
     stale_images: int
-    def __init__(self, payload: _Optional[bytes] = ..., cursor: _Optional[bytes] = ..., first_sequence: _Optional[int] = ..., count: _Optional[int] = ..., current_student_version: _Optional[int] = ..., lag: _Optional[int] = ..., age: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., realized_replay_ratio: _Optional[float] = ..., fresh_count: _Optional[int] = ..., stale_images: _Optional[int] = ...) -> None: ...
+    def __init__(self, payload: _Optional[bytes] = ..., cursor: _Optional[bytes] = ..., first_sequence: _Optional[int] = ..., count: _Optional[int] = ..., current_student_version: _Optional[int] = ..., lag: _Optional[int] = ..., age: _Optional[_Union[_duration_pb2.Duration, _Mapping]] = ..., realized_replay_ratio: _Optional[float] = ..., fresh_count: _Optional[int] = ..., stale_images: _Optional[int] = ...) -> None: ...
 
 class PushStudentRequest(_message.Message):
     __slots__ = ("header", "data")
@@ -265,7 +263,7 @@ class PushStudentResponse(_message.Message):
     ALREADY_CURRENT_FIELD_NUMBER: _ClassVar[int]
     version: int
     already_current: bool
-    def __init__(self, version: _Optional[int] = ..., already_current: _Optional[bool] = ...) -> None: ...
+    def __init__(self, version: _Optional[int] = ..., already_current: bool = ...) -> None: ...
 
 class FetchStudentRequest(_message.Message):
     __slots__ = ("version",)

@@ -5,7 +5,7 @@ import warnings
 
 from dreamfeed._proto import dreamfeed_pb2 as dreamfeed_dot_v1_dot_dreamfeed__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.72.2'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -18,14 +18,14 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in dreamfeed/v1/dreamfeed_pb2_grpc.py depends on'
+        + f' but the generated code in dreamfeed/v1/dreamfeed_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
 
 
-class DreamfeedServiceStub:
+class DreamfeedServiceStub(object):
     """Dreams, and the students they are dreamed against.
     """
 
@@ -62,7 +62,7 @@ class DreamfeedServiceStub:
                 _registered_method=True)
 
 
-class DreamfeedServiceServicer:
+class DreamfeedServiceServicer(object):
     """Dreams, and the students they are dreamed against.
     """
 
@@ -172,7 +172,7 @@ def add_DreamfeedServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class DreamfeedService:
+class DreamfeedService(object):
     """Dreams, and the students they are dreamed against.
     """
 
