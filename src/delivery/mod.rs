@@ -101,8 +101,8 @@ impl Delivery {
             if missing == 0 {
                 break;
             }
-            let entry = self.table(Sampling::Uniform, None).draw(&mut random).cloned()?;
-            let Ok(chunk) = self.log.load(entry.summary.first_sequence).await else { continue };
+            let drawn = self.table(Sampling::Uniform, None).draw(&mut random).cloned()?;
+            let Ok(chunk) = self.log.load(drawn.entry.summary.first_sequence).await else { continue };
             let pixels = self.log.identity().geometry.pixels();
             for row in draw_rows(&chunk, Sampling::Uniform, ROWS_PER_DRAW.min(missing), None, &mut random) {
                 let row = row as usize;

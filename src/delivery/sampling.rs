@@ -1,7 +1,7 @@
 //! Which images of the log are sent again: pure arithmetic on the index, and on the rows of one chunk.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use rand::{Rng, RngExt};
 
@@ -12,10 +12,31 @@ use crate::log::{Chunk, Entry};
 /// the same chunk saves most of the reading.
 pub const ROWS_PER_DRAW: usize = 8;
 
+/// A chunk that can be drawn.
+#[derive(Debug)]
+pub struct Candidate {
+    /// Which it is.
+    pub entry: Arc<Entry>,
+    held: Mutex<Weak<Chunk>>,
+}
+
+impl Candidate {
+    /// The chunk, where somebody still holds it since the last draw: the cache does as a rule, and looking there costs more
+    /// than drawing. Nothing is held by this.
+    pub fn chunk(&self) -> Option<Arc<Chunk>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner).upgrade()
+    }
+
+    /// Remembers the chunk for the next draw.
+    pub fn remember(&self, chunk: &Arc<Chunk>) {
+        *self.held.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(chunk);
+    }
+}
+
 /// Chunks by weight.
 #[derive(Debug, Default)]
 pub struct Table {
-    chunks: Vec<Arc<Entry>>,
+    chunks: Vec<Arc<Candidate>>,
     /// The sum of the weights up to and with each chunk.
     cumulative: Vec<f64>,
 }
@@ -32,7 +53,7 @@ impl Table {
             let weight = chunk_weight(entry, sampling, classes, next, half_life);
             if weight > 0.0 {
                 sum += weight;
-                table.chunks.push(entry.clone());
+                table.chunks.push(Arc::new(Candidate { entry: entry.clone(), held: Mutex::default() }));
                 table.cumulative.push(sum);
             }
         }
@@ -45,7 +66,7 @@ impl Table {
     }
 
     /// A chunk, drawn by weight.
-    pub fn draw(&self, random: &mut impl Rng) -> Option<&Arc<Entry>> {
+    pub fn draw(&self, random: &mut impl Rng) -> Option<&Arc<Candidate>> {
         let total = *self.cumulative.last()?;
         let at = random.random::<f64>() * total;
         let index = self.cumulative.partition_point(|sum| *sum <= at);

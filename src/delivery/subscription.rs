@@ -330,8 +330,12 @@ impl Subscription {
         let mut vain = 0;
         let mut table = self.delivery.table(sampling, self.policy.classes.as_ref());
         while drawn.len() < wanted && vain < VAIN_DRAWS * wanted.div_ceil(ROWS_PER_DRAW) {
-            let Some(entry) = table.draw(&mut self.random).cloned() else { break };
-            let Some(chunk) = self.load(entry.summary.first_sequence).await? else {
+            let Some(candidate) = table.draw(&mut self.random).cloned() else { break };
+            let chunk = match candidate.chunk() {
+                Some(chunk) => Some(chunk),
+                None => self.load(candidate.entry.summary.first_sequence).await?,
+            };
+            let Some(chunk) = chunk else {
                 // It was evicted or lost since the table was made.
                 table = self.delivery.table(sampling, self.policy.classes.as_ref());
                 vain += 1;
@@ -341,6 +345,7 @@ impl Subscription {
             let classes = self.policy.classes.as_deref();
             let rows = draw_rows(&chunk, sampling, ROWS_PER_DRAW, classes, &mut self.random);
             let (before, versions) = (drawn.len(), chunk.student_versions());
+            candidate.remember(&chunk);
             seen.insert(chunk.first_sequence(), Arc::downgrade(&chunk));
             for row in rows {
                 let version = versions.get(row as usize).copied().unwrap_or_default();

@@ -159,7 +159,7 @@ fn frequencies(sampling: Sampling, classes: Option<BTreeSet<u32>>) -> (Vec<f64>,
         let mut seen = BTreeMap::<u64, u64>::new();
         let draws = 60_000;
         for _ in 0..draws {
-            let first = table.draw(&mut random).unwrap().summary.first_sequence;
+            let first = table.draw(&mut random).unwrap().entry.summary.first_sequence;
             let chunk = delivery.log().load(first).await.unwrap();
             for row in draw_rows(&chunk, sampling, ROWS_PER_DRAW, classes.as_ref(), &mut random) {
                 *seen.entry(first + u64::from(row)).or_default() += 1;
