@@ -95,7 +95,7 @@ bench: build ## A synthesis step beside plain PyTorch, RPCs beside a busy engine
 
 	@$(say) "bench: a unary RPC while the engine saturates the machine"
 	@$(PYTHON) benches/latency.py
-	@$(say) "bench: the log to 1, 10, 100 and 1000 subscribers, beside a bare tonic stream (two minutes)"
+	@$(say) "bench: the log to 1, 10, 100 and 1000 subscribers, in turn with a bare tonic stream (eight minutes)"
 	@$(PYTHON) benches/delivery.py
 	@$(say) "bench: the Python client beside a data set in memory"
 	@$(PYTHON) benches/python_client.py
@@ -105,6 +105,8 @@ MODELS ?= ../shared/models
 BENCH_TEACHER ?= $(MODELS)/cifar_resnet20_jpeg.safetensors
 BENCH_VERIFIER ?= $(MODELS)/cifar_resnet56_jpeg.safetensors
 BENCH_DATA ?= ../shared/data/cifar10-jpeg/test_batch.bin
+BENCH_TRAIN ?= ../shared/data/cifar10-jpeg/train_subset.bin
+BENCH_OLD ?= $(MODELS)/cifar_resnet20_first5.safetensors
 BENCH_MINUTES ?= 45
 BENCH_TIERS ?= adi,warm-adi,fast,hybrid
 NORMALIZATION := --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225
@@ -121,6 +123,16 @@ bench-distill: build ## The CIFAR teacher to a random ResNet-20, BENCH_MINUTES (
 	@$(say) "bench-distill: $(BENCH_MINUTES) minutes for each of $(BENCH_TIERS)"
 	@$(PYTHON) benches/distill.py --teacher $(BENCH_TEACHER) --data $(BENCH_DATA) --minutes $(BENCH_MINUTES) \
 	  --tiers $(BENCH_TIERS)
+
+.PHONY: bench-prune
+bench-prune: build ## A ResNet-56 without 20, 40 and 60 % of its FLOPs, fine-tuned on dreams, real pictures, noise, nothing
+	@$(say) "bench-prune: about half an hour on two cores"
+	@$(PYTHON) benches/prune.py --model $(BENCH_VERIFIER) --data $(BENCH_TRAIN) --test-data $(BENCH_DATA)
+
+.PHONY: bench-continual
+bench-continual: build ## Five classes more for a network of five: plain fine-tuning, LwF.MC, DeepInversion, ABD
+	@$(say) "bench-continual: about a quarter of an hour on two cores"
+	@$(PYTHON) benches/continual.py --model $(BENCH_OLD) --data $(BENCH_TRAIN) --test-data $(BENCH_DATA)
 
 .PHONY: serve
 serve: build ## Run the daemon: TEACHER=FILE (default: the demo's), SERVE_FLAGS="..."

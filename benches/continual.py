@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--std", default="0.229,0.224,0.225")
     parser.add_argument("--data", type=Path, required=True, help="real pictures of the new classes")
     parser.add_argument("--test-data", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--serve", default=SERVE, help="flags of the daemon")
     parser.add_argument("--more", default="", help="further flags of dreamfeed continual")

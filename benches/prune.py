@@ -71,11 +71,11 @@ def main() -> None:
     )
     parser.add_argument("--images", default=",".join(IMAGES))
     parser.add_argument(
-        "--made", type=int, default=10_240, help="dreams, and noise images, that are made before"
+        "--made", type=int, default=5_120, help="dreams, and noise images, that are made before"
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps-per-round", type=int, default=10)
-    parser.add_argument("--fine-tune-steps", type=int, default=150)
+    parser.add_argument("--steps-per-round", type=int, default=8)
+    parser.add_argument("--fine-tune-steps", type=int, default=100)
     parser.add_argument("--learning-rate", type=float, default=0.01)
     args = parser.parse_args()
     loop.require_binary()

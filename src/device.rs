@@ -126,6 +126,18 @@ pub struct DeviceArgs {
 }
 
 impl DeviceArgs {
+    /// Flags of a daemon beside this tool, separated by spaces, with these two where they are not among them.
+    pub fn for_daemon(self, flags: &str) -> Vec<String> {
+        let mut flags: Vec<String> = flags.split_whitespace().map(str::to_owned).collect();
+        let mut add = |name: &str, value: Option<String>| {
+            let given = flags.iter().any(|flag| flag.split('=').next() == Some(name));
+            flags.extend(value.filter(|_| !given).into_iter().flat_map(|value| [name.to_owned(), value]));
+        };
+        add("--device", Some(self.device.to_string()));
+        add("--threads", self.threads.map(|threads| threads.to_string()));
+        flags
+    }
+
     /// Bounds libtorch's threads and gives the device.
     pub fn prepare(self) -> Result<Device, DeviceError> {
         set_threads(self.threads);

@@ -4,7 +4,7 @@
 mod support;
 
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use dreamfeed::model::checkpoint::Checkpoint;
 use dreamfeed::model::spec::NetworkSpec;
@@ -30,12 +30,16 @@ fn write_pictures(folder: &Path, classes: u8) -> String {
     path.to_str().unwrap().to_owned()
 }
 
-fn continual(folder: &Path, arguments: &[&str]) -> Output {
+fn command(folder: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_dreamfeed"));
     command.args(["continual", "--device", "cpu", "--threads", "1", "--json", "--augment", "none"]);
     command.args(["--batch-size", "8", "--dream-batch-size", "8", "--min-images", "8", "--push-every", "2"]);
     command.arg("--model").arg(folder.join("old.safetensors")).arg("--out-dir").arg(folder.join("out"));
-    command.args(arguments).output().unwrap()
+    command
+}
+
+fn continual(folder: &Path, arguments: &[&str]) -> Output {
+    command(folder).args(arguments).output().unwrap()
 }
 
 fn summary(output: Output) -> serde_json::Value {
@@ -72,21 +76,90 @@ fn each_task_has_a_daemon_of_its_own_that_dreams_from_the_result_of_the_one_befo
         assert_eq!(NetworkSpec::from_checkpoint(ARCH, &network).unwrap().num_classes, outputs);
     }
     // The second daemon's teacher is the first task's network, and the student that it holds is the second's.
-    let store = folder.path().join("out/task-2/store");
     let first = Checkpoint::open(&folder.path().join("out/task-1.safetensors")).unwrap().identity();
+    let own = folder.path().join(format!("out/task-2-{}", &first[..12]));
+    let store = own.join("store");
     let chunks = std::fs::read_dir(store.join("log/chunks")).unwrap().map(|entry| entry.unwrap().path());
     for chunk in chunks {
         assert_eq!(Checkpoint::open(&chunk).unwrap().metadata()["teacher_sha256"], first);
     }
     assert!(std::fs::read_dir(store.join("students")).unwrap().count() > 0);
     // Both daemons are gone.
-    assert!(!folder.path().join("out/task-2/serve.ready.json").exists());
+    assert!(!own.join("serve.ready.json").exists());
 
-    // The network says which of the data's classes its outputs are, so that a later task goes on from the file.
+    // The network says which of the data's classes its outputs are.
+    let evaluate = |data: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_dreamfeed"));
+        command.args(["evaluate", "--json", "--device", "cpu", "--threads", "1", "--data", data, "--model"]);
+        let output = command.arg(folder.path().join("out/task-2.safetensors")).output().unwrap();
+        summary(output)["accuracy"].as_f64().unwrap()
+    };
+    // As it was measured in training: on the seven classes of eight that it knows.
+    let known: Vec<u8> =
+        std::fs::read(&data).unwrap().chunks(1 + PIXELS).filter(|r| r[0] != 5).flatten().copied().collect();
+    let seven = folder.path().join("seven.bin");
+    std::fs::write(&seven, known).unwrap();
+    assert_eq!(evaluate(seven.to_str().unwrap()), tasks[1]["all"].as_f64().unwrap());
+
+    // Another run in the same folder has other teachers, and so other stores.
+    let again = [&["--task", "6,7", "--task", "4", "--steps", "7", "--serve", serve], &given[..]].concat();
+    assert_eq!(summary(continual(folder.path(), &again))["complete"], true);
+
+    // A later task goes on from the file.
     std::fs::rename(folder.path().join("out/task-2.safetensors"), folder.path().join("old.safetensors")).unwrap();
     let more = ["--method", "finetune", "--steps", "1", "--data", &data];
     assert_eq!(summary(continual(folder.path(), &more))["tasks"][0]["classes"], serde_json::json!(["5"]));
     refused(continual(folder.path(), &[&more[..], &["--task", "6"]].concat()), &["class \"6\" is known already"]);
+    let twice = ["--task", "5", "--task", "5"];
+    refused(continual(folder.path(), &[&more[..], &twice].concat()), &["class \"5\" is asked for twice"]);
+
+    // What would replace the model itself is refused.
+    std::fs::copy(folder.path().join("old.safetensors"), folder.path().join("out/task-1.safetensors")).unwrap();
+    let result = folder.path().join("out/task-1.safetensors");
+    std::fs::remove_file(folder.path().join("old.safetensors")).unwrap();
+    std::os::unix::fs::symlink(&result, folder.path().join("old.safetensors")).unwrap();
+    refused(continual(folder.path(), &more), &["is the model itself", "--out-dir"]);
+}
+
+#[test]
+fn what_diverges_is_told_and_replaces_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    write_old(folder.path(), "");
+    let data = write_pictures(folder.path(), 6);
+    let given = ["--data", &data, "--method", "finetune", "--learning-rate"];
+    summary(continual(folder.path(), &[&given[..], &["0.01", "--steps", "2"]].concat()));
+    let good = std::fs::read(folder.path().join("out/task-1.safetensors")).unwrap();
+    refused(continual(folder.path(), &[&given[..], &["1e30", "--steps", "8"]].concat()), &["--learning-rate"]);
+    assert_eq!(std::fs::read(folder.path().join("out/task-1.safetensors")).unwrap(), good);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_that_dies_costs_nothing_that_was_learned() {
+    let folder = tempfile::tempdir().unwrap();
+    write_old(folder.path(), "");
+    let data = write_pictures(folder.path(), 6);
+    let serve = "--synthesizer noise --batch-size 8 --max-images 32 --threads 1 --device cpu";
+    let given = ["--data", &data, "--steps", "1000000", "--serve", serve];
+    let mut command = command(folder.path());
+    command.args(given).stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut trainer = command.spawn().unwrap();
+    // Its own daemon has had a push: steps were made.
+    let pushed = || {
+        let own = std::fs::read_dir(folder.path().join("out")).ok()?.flatten();
+        let own = own.map(|entry| entry.path()).find(|path| path.is_dir())?;
+        std::fs::read_dir(own.join("store/students")).ok()?.next()?.ok()?;
+        serde_json::from_slice::<serde_json::Value>(&std::fs::read(own.join("serve.ready.json")).ok()?).ok()
+    };
+    support::wait_for("a push", || pushed().is_some());
+    let pid = pushed().unwrap()["pid"].to_string();
+    Command::new("kill").args(["-9", &pid]).status().unwrap();
+    let status = trainer.wait().unwrap();
+    assert_eq!(status.code(), Some(1));
+    let written: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(folder.path().join("out/continual.json")).unwrap()).unwrap();
+    assert_eq!(written["complete"], false);
+    assert!(written["tasks"][0]["steps"].as_u64().unwrap() > 0);
+    assert!(folder.path().join("out/task-1.safetensors").exists());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -144,12 +217,15 @@ fn image_folders_name_their_classes() {
     assert_eq!(found["tasks"][0]["classes"], serde_json::json!(["elk", "fox"]));
     let network = Checkpoint::open(&folder.path().join("out/task-1.safetensors")).unwrap();
     assert_eq!(network.metadata()["class_names"], r#"["ant","bee","cow","dog","elk","fox"]"#);
+    assert_eq!(found["tasks"][0]["old"].as_f64().map(|old| (0.0..=1.0).contains(&old)), Some(true));
     refused(continual(folder.path(), &[&given[..], &["--task", "gnu"]].concat()), &["no pictures of class \"gnu\""]);
     let data = write_pictures(folder.path(), 6);
     refused(
         continual(folder.path(), &["--data", pictures, "--test-data", &data, "--method", "finetune"]),
         &["name classes in different ways"],
     );
+    write_old(folder.path(), "");
+    refused(continual(folder.path(), &given), &["no class_names", "--task"]);
 }
 
 #[test]

@@ -188,9 +188,30 @@ async fn a_resumed_training_goes_on_with_the_very_next_image() {
     assert_eq!(position, "48");
     assert!((24..=40).contains(&received), "{received}: images that only fill the buffer again do not count");
 
+    // Interrupted while the buffer fills again, it still stands where it stood.
+    assert_eq!(run(&daemon, "6").0, "48");
+
     // Of another log the position says nothing.
     let other = Daemon::start(&["--batch-size", "8", "--max-images", "16"]);
     assert_eq!(run(&other, "8").0, "16");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_diverges_replaces_nothing_that_was_good() {
+    let daemon = Daemon::start(&["--batch-size", "8", "--max-images", "16"]);
+    let folder = tempfile::tempdir().unwrap();
+    let state = folder.path().join("state.safetensors");
+    let run = |more: &[&str]| {
+        let given = ["--checkpoint", state.to_str().unwrap()];
+        distill(&daemon.grpc, folder.path(), &[&given, more].concat()).wait_with_output().unwrap()
+    };
+    succeeded(run(&["--steps", "3"]));
+    let read = || [&state, &folder.path().join("student.safetensors")].map(|path| std::fs::read(path).unwrap());
+    let good = read();
+    let output = run(&["--steps", "9", "--learning-rate", "1e30"]);
+    assert!(!output.status.success());
+    assert!(text(&output.stderr).contains("a smaller --learning-rate"), "{}", text(&output.stderr));
+    assert!(read() == good, "a network that is not finite replaced one that was");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -60,13 +60,13 @@ pub struct Args {
     #[arg(long)]
     teacher_weight: Option<f64>,
     /// The temperature of the KL divergences.
-    #[arg(long, default_value_t = 2.0)]
+    #[arg(long, default_value_t = 1.0)]
     temperature: f64,
     /// Keep batch norm's running statistics as they are and normalize with them, instead of with each batch's own.
     #[arg(long)]
     freeze_statistics: bool,
     /// The learning rate at the start; it follows half a cosine to zero.
-    #[arg(long, default_value_t = 0.02)]
+    #[arg(long, default_value_t = 0.01)]
     learning_rate: f64,
     /// SGD's (Nesterov) momentum.
     #[arg(long, default_value_t = 0.9)]
@@ -115,7 +115,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         source: args.source,
         dreams: match args.connect {
             Some(url) => Source::Connect(url, args.connect_timeout.min(LONGEST_PATIENCE)),
-            None => Source::Own(args.serve.split_whitespace().map(str::to_owned).collect()),
+            None => Source::Own(args.device.for_daemon(&args.serve)),
         },
         data: args.data,
         tasks: args.tasks.iter().map(classes).collect(),
@@ -138,8 +138,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         seed: args.seed,
         device: args.device.prepare()?,
     };
-    let stop = stop_on_signal()?;
-    let summary = continual::run(&options, &stop)?;
+    let summary = continual::run(&options, stop_on_signal)?;
     if args.json {
         say!("{}", serde_json::to_string(&summary)?);
     } else {

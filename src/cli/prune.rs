@@ -29,8 +29,8 @@ pub struct Args {
     /// How long to wait for the daemon at the start.
     #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = humantime::parse_duration)]
     connect_timeout: Duration,
-    /// Take pictures instead of a daemon's stream, from a file in CIFAR binary format or from a folder with a subfolder for each
-    /// class; their labels are not used.
+    /// Take pictures instead of a daemon's stream, from a file in CIFAR binary format or from a folder of .png and .jpg files,
+    /// with or without subfolders; labels are not used.
     #[arg(long, value_name = "PATH", conflicts_with = "connect")]
     pictures: Option<PathBuf>,
     /// How much the measured time of a filter counts beside its importance; 0: not at all.
@@ -153,8 +153,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         seed: args.seed,
         device: args.device.prepare()?,
     };
-    let stop = stop_on_signal()?;
-    let summary = prune::run(&options, &stop)?;
+    let summary = prune::run(&options, stop_on_signal)?;
     if args.json {
         say!("{}", serde_json::to_string(&summary)?);
     } else {

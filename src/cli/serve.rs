@@ -23,6 +23,9 @@ pub struct Args {
     /// Read settings from this TOML file.
     #[arg(long, value_name = "FILE", env = "DREAMFEED_CONFIG")]
     pub config: Option<PathBuf>,
+    /// Drain when the process that started this one ends.
+    #[arg(long, hide = true)]
+    pub end_with_parent: bool,
     /// The settings.
     #[command(flatten)]
     pub options: ServeOptions,
@@ -32,6 +35,11 @@ pub struct Args {
 pub fn run(args: Args, problems: Vec<String>) -> anyhow::Result<()> {
     let config = Config::load(&args.options, problems, args.config.as_deref(), std::env::vars_os())?;
     telemetry::install_logs(config.log_format, EnvFilter::try_new(&config.log_filter)?);
+    if args.end_with_parent {
+        // The signal that would be sent at the parent's end is sent by nobody where it has ended already; then this one has
+        // another parent by now, and goes on: that window is a few milliseconds of its start.
+        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))?;
+    }
     let listeners = server::bind(&config)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("dreamfeed-io").build()?;
     let result = runtime.block_on(server::run(config, listeners));

@@ -97,6 +97,26 @@ impl Pictures {
         if path.is_dir() { Self::from_folder(path, geometry) } else { Self::from_cifar(path, geometry) }
     }
 
+    /// Only the pixels, of a folder without subfolders, too.
+    pub fn unlabelled(path: &Path, geometry: Geometry) -> Result<Tensor, LabelledError> {
+        let files: Vec<PathBuf> = if path.is_dir() { sorted(path)? } else { Vec::new() };
+        let mut pixels = Vec::new();
+        let files: Vec<PathBuf> = files.into_iter().filter(|file| file.is_file() && is_image(file)).collect();
+        if files.is_empty() {
+            return Ok(Self::open(path, geometry)?.images);
+        }
+        for file in &files {
+            pixels.extend(decode(file, geometry)?);
+        }
+        Ok(tensor(&pixels, files.len(), geometry))
+    }
+
+    /// What the source calls the class of a label.
+    pub fn class(&self, label: i64) -> String {
+        let name = self.names.as_ref().and_then(|names| names.get(label as usize));
+        name.cloned().unwrap_or_else(|| label.to_string())
+    }
+
     fn from_cifar(path: &Path, geometry: Geometry) -> Result<Self, LabelledError> {
         let bytes = fs::read(path).map_err(|cause| LabelledError::Read { path: path.to_owned(), cause })?;
         let record = 1 + geometry.pixels();
@@ -138,6 +158,16 @@ impl Pictures {
         }
         Ok(Self { images: tensor(&pixels, labels.len(), geometry), labels, names: Some(names) })
     }
+}
+
+/// The classes of a network's outputs as pictures name them: by the network's own names, or, where pictures have only
+/// numbers, by the numbers among those names and else the outputs' own.
+pub fn output_classes(class_names: &[String], num_classes: usize, named: bool) -> Vec<String> {
+    let class = |output: usize| match class_names.get(output) {
+        Some(name) if named || name.parse::<u8>().is_ok() => name.clone(),
+        _ => output.to_string(),
+    };
+    (0..num_classes).map(class).collect()
 }
 
 fn tensor(pixels: &[u8], count: usize, geometry: Geometry) -> Tensor {
@@ -196,9 +226,9 @@ impl LabelledImages {
     ) -> Result<Self, LabelledError> {
         let pictures = Pictures::open(path, geometry)?;
         let bad = |problem: String| LabelledError::Folder { path: path.to_owned(), problem };
-        let outputs: Option<Vec<i64>> = match &pictures.names {
-            None => None,
-            Some(names) if class_names.is_empty() && names.len() == num_classes => None,
+        let known = output_classes(class_names, num_classes, pictures.names.is_some());
+        let labels: Vec<i64> = match &pictures.names {
+            Some(names) if class_names.is_empty() && names.len() == num_classes => pictures.labels.clone(),
             Some(names) if class_names.is_empty() => {
                 return Err(bad(format!(
                     "it has {} subfolders, but the network has {num_classes} outputs without names; give a subfolder for \
@@ -206,26 +236,21 @@ impl LabelledImages {
                     names.len()
                 )));
             }
-            Some(names) => Some(
-                names
-                    .iter()
-                    .map(|name| match class_names.iter().position(|known| known == name) {
-                        Some(output) => Ok(output as i64),
-                        None => {
-                            let known = class_names.join(", ");
-                            Err(bad(format!("the network has no class {name:?}; it knows {known}")))
-                        }
-                    })
-                    .collect::<Result<_, _>>()?,
-            ),
+            names => {
+                let output = |label: i64| {
+                    let class = pictures.class(label);
+                    known.iter().position(|name| *name == class).map_or(-1 - label, |output| output as i64)
+                };
+                let labels: Vec<i64> = pictures.labels.iter().map(|label| output(*label)).collect();
+                if let (Some(_), Some(missing)) = (names, labels.iter().find(|label| **label < 0)) {
+                    let class = pictures.class(-1 - missing);
+                    return Err(bad(format!("the network has no class {class:?}; it knows {}", known.join(", "))));
+                }
+                labels
+            }
         };
-        let label = |label: &i64| match &outputs {
-            Some(outputs) => outputs.get(*label as usize).copied().unwrap_or(*label),
-            None => *label,
-        };
-        let labels: Vec<i64> = pictures.labels.iter().map(label).collect();
-        if let Some((record, class)) = labels.iter().enumerate().find(|(_, label)| **label as usize >= num_classes) {
-            return Err(LabelledError::Class { path: path.to_owned(), record, class: *class, num_classes });
+        if let Some((record, class)) = labels.iter().enumerate().find(|(_, label)| **label < 0) {
+            return Err(LabelledError::Class { path: path.to_owned(), record, class: -1 - class, num_classes });
         }
         Ok(Self { images: pictures.images, labels: Tensor::from_slice(&labels) })
     }
@@ -301,6 +326,19 @@ mod tests {
         assert!(refused.contains("no class \"ant\"; it knows bee, cat"), "{refused}");
         let refused = open(&[], 3).unwrap_err().to_string();
         assert!(refused.contains("2 subfolders, but the network has 3 outputs"), "{refused}");
+    }
+
+    #[test]
+    fn numbers_in_a_file_are_outputs_unless_the_network_calls_others_so() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("two.bin");
+        fs::write(&path, [[vec![4], vec![0; 24]].concat(), [vec![1], vec![0; 24]].concat()].concat()).unwrap();
+        let open = |known: &[&str], n| LabelledImages::open(&path, GEOMETRY, &names(known), n);
+        let labels = |found: LabelledImages| Vec::<i64>::try_from(&found.labels).unwrap();
+        assert_eq!(labels(open(&[], 5).unwrap()), [4, 1]);
+        assert_eq!(labels(open(&["ant", "bee", "6", "4"], 4).unwrap()), [3, 1]);
+        let refused = open(&["ant", "bee", "cat"], 3).unwrap_err().to_string();
+        assert!(refused.contains("record 0 has class 4, but the network has 3 outputs"), "{refused}");
     }
 
     #[test]

@@ -102,6 +102,11 @@ impl TrainableNetwork {
         fresh.in_precision(self.kind)
     }
 
+    /// Whether every element is finite.
+    pub fn is_finite(&self) -> bool {
+        self.tensors.values().all(|tensor| tch::no_grad(|| tensor.isfinite().all().int64_value(&[]) != 0))
+    }
+
     /// Where it lives.
     pub fn device(&self) -> Device {
         self.tensor("conv1.weight").device()

@@ -1,7 +1,7 @@
 //! Dreams for trainers that have the daemon's teacher at hand: received, kept, and drawn again.
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use rand_chacha::ChaCha8Rng;
@@ -13,6 +13,8 @@ use crate::trainers::replay::{Drawn, ReplayBuffer};
 
 /// How long to wait for a batch before looking around again.
 const WAIT: Duration = Duration::from_millis(200);
+/// While dreams are too few, a line says so this often.
+const SAY_EVERY: Duration = Duration::from_secs(10);
 /// How long the last push may take.
 const LAST_PUSH: Duration = Duration::from_secs(2);
 
@@ -22,12 +24,15 @@ pub struct Dreams {
     feed: Feed,
     buffer: ReplayBuffer,
     min_images: usize,
+    trainer: &'static str,
+    said: Instant,
 }
 
 impl Dreams {
     /// Connects to a daemon, which must dream from the network `source`, read from `model`. Images are drawn once
     /// `min_images` are there; the newest `buffer_images` are kept.
     pub fn open(
+        trainer: &'static str,
         connect: &str,
         patience: Duration,
         (model, source): (&Path, &NetworkSource),
@@ -48,7 +53,7 @@ impl Dreams {
         let g = source.geometry;
         let shape = [g.channels, g.height, g.width];
         let buffer = ReplayBuffer::new(buffer_images, shape, source.spec.num_classes, device);
-        Ok(Self { feed, buffer, min_images: min_images.max(1) })
+        Ok(Self { feed, buffer, min_images: min_images.max(1), trainer, said: Instant::now() })
     }
 
     /// What the feed has seen so far.
@@ -65,6 +70,11 @@ impl Dreams {
             if let Some(batch) = self.feed.next(WAIT)? {
                 self.buffer.push(&batch)?;
             }
+            if self.said.elapsed() >= SAY_EVERY {
+                self.said = Instant::now();
+                let (trainer, held, wanted) = (self.trainer, self.buffer.len(), self.min_images);
+                eprintln!("{trainer}: waiting for dreams: {held} of the {wanted} to begin with (--min-images)");
+            }
             return Ok(None);
         }
         Ok(Some(self.buffer.draw(count, rng)))
@@ -76,9 +86,9 @@ impl Dreams {
     }
 
     /// Pushes the final weights and waits a moment for it; says so where they did not arrive.
-    pub fn push_last(&self, trainer: &str, snapshot: Snapshot) {
+    pub fn push_last(&self, snapshot: Snapshot) {
         if let Err(error) = self.feed.push_and_wait(snapshot, LAST_PUSH) {
-            eprintln!("{trainer}: the final network was not pushed: {error}");
+            eprintln!("{}: the final network was not pushed: {error}", self.trainer);
         }
     }
 }

@@ -49,7 +49,7 @@ impl Daemon {
                 command.arg(flag).arg(values.join(","));
             }
         }
-        command.args(flags).stdout(output.try_clone()?).stderr(output);
+        command.args(flags).arg("--end-with-parent").stdout(output.try_clone()?).stderr(output);
         let child = command.spawn().context("cannot start the daemon")?;
         let mut daemon = Self { child, url: String::new(), log };
         let began = Instant::now();

@@ -6,6 +6,7 @@ mod daemon;
 mod options;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -33,19 +34,16 @@ const REPORT_EVERY: u64 = 50;
 /// How long the own daemon may take until it answers.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Learns all tasks. Ends early, with the network of the task under way saved, once `stop` is set.
-pub fn run(options: &Options, stop: &AtomicBool) -> anyhow::Result<Summary> {
+/// Learns all tasks. Ends early, with the network of the task under way saved, once the flag is set that `listen` gives: it
+/// is called when the first daemon was found, and until then a signal may simply end the process.
+pub fn run(options: &Options, listen: impl FnOnce() -> anyhow::Result<Arc<AtomicBool>>) -> anyhow::Result<Summary> {
     let summary_path = options.out_dir.join("continual.json");
     check_writable(&summary_path)?;
     let mut model = Model { path: options.model.clone(), options: options.source.clone() };
     let mut source = model.open()?;
     let data = Pictures::open(&options.data, source.geometry)?;
     let test = options.test_data.as_ref().map(|path| Pictures::open(path, source.geometry)).transpose()?;
-    if let Some(test) = &test
-        && test.names.is_some() != data.names.is_some()
-    {
-        bail!("--data and --test-data name classes in different ways; give two CIFAR files or two image folders");
-    }
+    check_names(options, &source, &data, test.as_ref())?;
     let mut classes = Classes::of(&source, &data);
     let tasks = classes.tasks(&options.tasks, &data, &options.data)?;
     if tasks.len() > 1 && options.method.dreams() && matches!(options.dreams, Source::Connect(..)) {
@@ -53,6 +51,12 @@ pub fn run(options: &Options, stop: &AtomicBool) -> anyhow::Result<Summary> {
             "a daemon keeps to one teacher, and the second task has another; leave --connect out, and each task gets a \
              daemon of its own"
         );
+    }
+    for number in 1..=tasks.len() {
+        let path = options.result(number);
+        if path.exists() && path.canonicalize()? == options.model.canonicalize()? {
+            bail!("{} is the model itself, and the result would replace it; give another --out-dir", path.display());
+        }
     }
     tch::manual_seed(options.seed as i64);
     let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
@@ -64,14 +68,25 @@ pub fn run(options: &Options, stop: &AtomicBool) -> anyhow::Result<Summary> {
         accuracy(&predict(&images, |pixels| network.logits(&teacher.pixels.normalize(pixels))), &outputs, 0, known)
     });
     let mut summary = Summary { method: options.method, before: before.flatten(), tasks: Vec::new(), complete: true };
-    for (number, task) in tasks.iter().enumerate() {
+    let (mut listen, mut stop) = (Some(listen), Arc::new(AtomicBool::new(false)));
+    for (number, task) in (1..).zip(&tasks) {
         let wider = classes.with(task);
         let first = source.spec.num_classes;
-        let mut learning = Learning::begin(options, &model, &source, (number + 1, &wider))?;
+        let mut learning = Learning::begin(options, &model, &source, (number, &wider))?;
+        if let Some(listen) = listen.take() {
+            stop = listen()?;
+        }
         let began = Instant::now();
         let (images, outputs) = wider.select(&data, first);
-        summary.complete = learning.learn(&images, &outputs, &mut rng, stop)?;
-        let path = options.out_dir.join(format!("task-{}.safetensors", number + 1));
+        // Whatever ends it early, what was learned is kept; then the error is told.
+        let learned = learning.learn(&images, &outputs, &mut rng, &stop);
+        learning.check()?;
+        summary.complete = *learned.as_ref().unwrap_or(&false);
+        if learning.step == 0 && !summary.complete {
+            learned?;
+            break;
+        }
+        let path = options.result(number);
         let snapshot = learning.snapshot();
         write_whole(&path, &snapshot.file)?;
         let received = learning.end(snapshot);
@@ -94,9 +109,10 @@ pub fn run(options: &Options, stop: &AtomicBool) -> anyhow::Result<Summary> {
             wall_seconds: began.elapsed().as_secs_f64(),
             network: path.clone(),
         };
-        eprintln!("continual: task {}  {task}", number + 1);
+        eprintln!("continual: task {number}  {task}");
         summary.tasks.push(task);
         write_whole(&summary_path, &serde_json::to_vec_pretty(&summary)?)?;
+        learned?;
         if !summary.complete {
             break;
         }
@@ -105,6 +121,26 @@ pub fn run(options: &Options, stop: &AtomicBool) -> anyhow::Result<Summary> {
         classes = wider;
     }
     Ok(summary)
+}
+
+/// Whether classes can be told from what data, test data and model call them.
+fn check_names(
+    options: &Options,
+    source: &NetworkSource,
+    data: &Pictures,
+    test: Option<&Pictures>,
+) -> anyhow::Result<()> {
+    if test.is_some_and(|test| test.names.is_some() != data.names.is_some()) {
+        bail!("--data and --test-data name classes in different ways; give two CIFAR files or two image folders");
+    }
+    if data.names.is_some() && source.class_names.is_empty() && (test.is_some() || options.tasks.is_empty()) {
+        bail!(
+            "{} has no class_names in its metadata, so nobody can tell which folders are its classes; give it some, or name \
+             the new classes with --task and leave --test-data out",
+            options.model.display()
+        );
+    }
+    Ok(())
 }
 
 /// A network's file, and how to read it.
@@ -159,14 +195,16 @@ impl<'a> Learning<'a> {
             (_, false) => None,
             (Source::Connect(url, patience), true) => Some((url.clone(), *patience, None)),
             (Source::Own(flags), true) => {
-                let folder: &Path = &options.out_dir.join(format!("task-{number}"));
+                // A store belongs to one teacher: another run's may lie beside it.
+                let teacher: String = source.identity.chars().take(12).collect();
+                let folder: &Path = &options.out_dir.join(format!("task-{number}-{teacher}"));
                 let daemon = Daemon::start(&model.path, &model.options, folder, flags)?;
                 Some((daemon.url.clone(), PATIENCE, Some(daemon)))
             }
         };
         let held = (options.min_images, options.buffer_images);
         let open = |(url, patience, daemon): (String, _, _)| {
-            let dreams = Dreams::open(&url, patience, (&model.path, source), held, options.device)?;
+            let dreams = Dreams::open("continual", &url, patience, (&model.path, source), held, options.device)?;
             Ok::<_, anyhow::Error>(Supply { dreams, daemon })
         };
         let supply = supply.map(open).transpose()?;
@@ -223,17 +261,24 @@ impl<'a> Learning<'a> {
             if let Some(supply) = &self.supply
                 && self.step.is_multiple_of(self.options.push_every.max(1))
             {
+                self.check()?;
                 supply.dreams.push(self.snapshot());
             }
             if self.step.is_multiple_of(REPORT_EVERY) {
+                self.check()?;
                 let loss = loss.double_value(&[]);
-                if !loss.is_finite() {
-                    bail!("the loss is not finite at step {}; a smaller --learning-rate would help", self.step);
-                }
                 eprintln!("continual: step {} of {steps}  loss {loss:.3}", self.step);
             }
         }
         Ok(true)
+    }
+
+    /// An error where the weights are not finite any more.
+    fn check(&self) -> anyhow::Result<()> {
+        if !self.network.is_finite() {
+            bail!("the weights are not finite at step {}; a smaller --learning-rate would help", self.step);
+        }
+        Ok(())
     }
 
     /// The loss on u8 pixels: real ones with their outputs, and dreams where the method takes any.
@@ -290,7 +335,7 @@ impl<'a> Learning<'a> {
     fn end(&mut self, last: Snapshot) -> u64 {
         let Some(supply) = self.supply.take() else { return 0 };
         if self.step > 0 {
-            supply.dreams.push_last("continual", last);
+            supply.dreams.push_last(last);
         }
         supply.dreams.feed().stats().images.load(Ordering::Relaxed)
     }

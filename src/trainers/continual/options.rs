@@ -102,6 +102,13 @@ pub struct Options {
     pub device: Device,
 }
 
+impl Options {
+    /// Where the network of a task is put, counted from 1.
+    pub fn result(&self, task: usize) -> PathBuf {
+        self.out_dir.join(format!("task-{task}.safetensors"))
+    }
+}
+
 /// What came of one task.
 #[derive(Clone, Debug, Serialize)]
 pub struct Task {

@@ -216,7 +216,8 @@ impl<'a> Training<'a> {
         self.buffer.push(&batch)?;
         let end = batch.first_sequence + batch.count as u64;
         self.batches += u64::from(end > self.seen_to);
-        self.position = end;
+        // Batches that only fill the buffer again lie before it.
+        self.position = self.position.max(end);
         let wanted = GRID_IMAGES * self.facts.geometry.pixels();
         if self.options.grid.is_some() {
             // The newest images: what the method makes against a student that has learned.
@@ -284,6 +285,7 @@ impl<'a> Training<'a> {
             self.report()?;
         }
         if step.is_multiple_of(self.options.push_every.max(1)) {
+            self.check()?;
             let snapshot = self.snapshot();
             self.feed.push(snapshot);
         }
@@ -291,7 +293,20 @@ impl<'a> Training<'a> {
             self.measure();
         }
         if step.is_multiple_of(self.options.checkpoint_every) {
+            self.check()?;
             self.save_checkpoint()?;
+        }
+        Ok(())
+    }
+
+    /// An error where the weights are not finite any more.
+    fn check(&self) -> anyhow::Result<()> {
+        if !self.state.loss.is_finite() || !self.student.is_finite() {
+            bail!(
+                "the training loss is not finite at step {}; a smaller --learning-rate than {} would help",
+                self.state.step,
+                self.options.learning_rate
+            );
         }
         Ok(())
     }
@@ -303,11 +318,7 @@ impl<'a> Training<'a> {
         let _ = (self.sums.0.zero_(), self.sums.1.zero_());
         self.sums.2 = 0;
         if !self.state.loss.is_finite() {
-            bail!(
-                "the training loss is not finite at step {}; a smaller --learning-rate than {} would help",
-                self.state.step,
-                self.options.learning_rate
-            );
+            self.check()?;
         }
         self.show();
         Ok(())
@@ -357,14 +368,19 @@ impl<'a> Training<'a> {
             let _ = self.report(); // a loss that is not finite has been told already, or is in the summary
         }
         self.measure();
-        self.save_checkpoint()?;
-        if let Some(path) = &self.options.out {
+        // What is not finite must not replace what was good, and nobody could go on from it.
+        let sound = self.check();
+        if sound.is_ok() {
+            self.save_checkpoint()?;
+        }
+        if let Some(path) = self.options.out.as_ref().filter(|_| sound.is_ok() && self.state.step > 0) {
             let learned = self.learned();
             write_whole(path, &learned.to_safetensors(&self.facts.metadata(learned.spec())))?;
         }
         // The daemon ends with the final weights, so that a next trainer can start from them.
         let snapshot = self.snapshot();
         if self.state.step > 0
+            && sound.is_ok()
             && let Err(error) = self.feed.push_and_wait(snapshot, WAIT * 10)
         {
             eprintln!("distill: the final student was not pushed: {error}");
@@ -393,6 +409,6 @@ impl<'a> Training<'a> {
         if let Some(path) = &self.options.summary {
             write_whole(path, serde_json::to_string_pretty(&summary)?.as_bytes())?;
         }
-        Ok(summary)
+        sound.map(|()| summary)
     }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context, bail};
 use tch::{Device, Kind};
 
-use crate::model::source::{Geometry, NetworkSource, Normalization, NumberList, SourceOptions};
+use crate::model::source::{Geometry, NetworkSource, Normalization, NumberList, SourceError, SourceOptions};
 use crate::model::spec::NetworkSpec;
 use crate::model::trainable::Metadata;
 use crate::synthesis::Teacher;
@@ -49,6 +49,8 @@ impl TeacherFacts {
 
     /// The teacher's own file, which must be of the network that the daemon dreams from.
     pub fn load(&self, path: &Path, device: Device) -> anyhow::Result<Teacher> {
+        let other =
+            || format!("{} is not the network that the daemon dreams from; give --teacher that file", path.display());
         let source = NetworkSource::open(
             path,
             &SourceOptions {
@@ -57,9 +59,13 @@ impl TeacherFacts {
                 std: Some(NumberList(self.normalization.std.clone())),
                 image_size: Some(NumberList(vec![self.geometry.height as f32, self.geometry.width as f32])),
             },
-        )?;
+        );
+        let source = match source {
+            Err(SourceError::Spec { .. }) => bail!(other()),
+            opened => opened?,
+        };
         if source.identity != self.identity {
-            bail!("{} is not the network that the daemon dreams from; give --teacher that file", path.display());
+            bail!(other());
         }
         Ok(Teacher::load(&source, device, Kind::Float))
     }

@@ -7,6 +7,7 @@ mod importance;
 mod options;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -34,8 +35,9 @@ pub use options::{Condition, Images, Measure, Options, Summary};
 /// Steps between two lines of progress.
 const REPORT_EVERY: u64 = 50;
 
-/// Prunes and fine-tunes. Ends early, with everything saved, once `stop` is set.
-pub fn run(options: &Options, stop: &AtomicBool) -> anyhow::Result<Summary> {
+/// Prunes and fine-tunes. Ends early, with everything saved, once the flag is set that `listen` gives: it is called when the
+/// daemon was found, and until then a signal may simply end the process.
+pub fn run(options: &Options, listen: impl FnOnce() -> anyhow::Result<Arc<AtomicBool>>) -> anyhow::Result<Summary> {
     for path in [&options.out, &options.summary].into_iter().flatten() {
         check_writable(path)?;
     }
@@ -49,6 +51,7 @@ pub fn run(options: &Options, stop: &AtomicBool) -> anyhow::Result<Summary> {
     };
     tch::manual_seed(options.seed as i64);
     let supply = Supply::open(options, &source)?;
+    let stop = listen()?;
     let network = TrainableNetwork::load(&source.spec, &source.checkpoint, options.device);
     let mut pruning = Pruning {
         teacher: Teacher::load(&source, options.device, Kind::Float),
@@ -62,17 +65,19 @@ pub fn run(options: &Options, stop: &AtomicBool) -> anyhow::Result<Summary> {
         supply,
         options,
         test,
-        stop,
+        stop: &stop,
     };
     let before = pruning.condition();
     eprintln!("prune: before  {before}");
-    pruning.remove()?;
+    // Whatever ends it early, what was done is kept; then the error is told.
+    let worked = pruning.remove();
     let pruned = pruning.condition();
     eprintln!("prune: pruned  {pruned}");
-    pruning.fine_tune()?;
+    let worked = worked.and_then(|()| pruning.fine_tune());
     let tuned = pruning.condition();
     eprintln!("prune: tuned   {tuned}");
-    pruning.finish(before, pruned, tuned)
+    let summary = pruning.finish(before, pruned, tuned, worked.is_ok());
+    worked.and(summary)
 }
 
 /// What a target is measured in.
@@ -119,11 +124,11 @@ impl Supply {
         let (url, patience) = match &options.images {
             Images::Stream { connect, patience } => (connect, *patience),
             Images::File(path) => {
-                return Ok(Self::File(Pictures::open(path, source.geometry)?.images));
+                return Ok(Self::File(Pictures::unlabelled(path, source.geometry)?));
             }
         };
         let held = (options.min_images, options.buffer_images);
-        let dreams = Dreams::open(url, patience, (&options.model, source), held, options.device)?;
+        let dreams = Dreams::open("prune", url, patience, (&options.model, source), held, options.device)?;
         Ok(Self::Stream(Box::new(dreams)))
     }
     /// u8 pixels for a step; None where there are not enough yet.
@@ -321,7 +326,10 @@ impl Pruning<'_> {
         }
     }
 
-    fn finish(self, before: Condition, pruned: Condition, tuned: Condition) -> anyhow::Result<Summary> {
+    fn finish(self, before: Condition, pruned: Condition, tuned: Condition, worked: bool) -> anyhow::Result<Summary> {
+        if !self.network.is_finite() {
+            bail!("the weights are not finite at step {}; a smaller --learning-rate would help", self.step);
+        }
         let snapshot = self.snapshot();
         if let Some(path) = &self.options.out {
             write_whole(path, &snapshot.file)?;
@@ -329,9 +337,9 @@ impl Pruning<'_> {
         if let Supply::Stream(dreams) = &self.supply
             && self.step > 0
         {
-            dreams.push_last("prune", snapshot);
+            dreams.push_last(snapshot);
         }
-        let complete = !self.stop.load(Ordering::Relaxed);
+        let complete = worked && !self.stop.load(Ordering::Relaxed);
         let summary = Summary { before, pruned, tuned, steps: self.step, complete };
         if let Some(path) = &self.options.summary {
             write_whole(path, &serde_json::to_vec_pretty(&summary)?)?;
