@@ -54,7 +54,7 @@ pub struct Args {
     /// Images kept to be drawn again; the oldest make room.
     #[arg(long, default_value_t = 50_000)]
     buffer_images: usize,
-    /// The learning rate.
+    /// The learning rate. 0: nothing is learned, only importance is measured and batch norm follows the images.
     #[arg(long, default_value_t = 0.01)]
     learning_rate: f64,
     /// SGD's momentum.
