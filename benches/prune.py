@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument(
         "--parts", default="0.2,0.4,0.6", help="parts of the floating-point operations to remove"
     )
-    parser.add_argument("--images", default=",".join(IMAGES))
+    parser.add_argument("--images", default=",".join(IMAGES), help="'': only print what earlier runs found")
     parser.add_argument(
         "--made", type=int, default=5_120, help="dreams, and noise images, that are made before"
     )
@@ -117,10 +117,12 @@ def main() -> None:
     print("|---" * (3 + len(IMAGES)) + "|")
     for part in parts:
         runs = {images: results.get(images, {}).get(str(part)) for images in IMAGES}
-        some = next(run["tuned"] for run in runs.values() if run)
+        done = [run["tuned"] for run in runs.values() if run]
+        # All runs remove as much, though not the same filters; the least time is the least disturbed.
+        fastest = min(run["batch_seconds"] for run in done)
         cells = [f"{100 * run['tuned']['accuracy']:.1f} %" if run else "-" for run in runs.values()]
-        left = f"{100 * some['parameters'] / before['parameters']:.0f} %"
-        print(f"| {part:.0%} | {left} | {1000 * some['batch_seconds']:.0f} ms | " + " | ".join(cells) + " |")
+        left = f"{100 * done[0]['parameters'] / before['parameters']:.0f} %"
+        print(f"| {part:.0%} | {left} | {1000 * fastest:.0f} ms | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":
