@@ -154,7 +154,7 @@ def main() -> None:
         ratios = [f"{r['ratio_to_bare']:.2f}" for r in (log, replay)]
         cpu = [f"{r['server_cpu_seconds_per_gb']:.2f}" for r in (log, tonic, replay)]
         memory = [f"{r['resident_bytes'] / 1e6:.0f} MB" for r in (log, replay)]
-        print("|", " | ".join([str(log["streams"]), *speeds, *ratios, *cpu, *memory]), "|")
+        print("|", " | ".join([f"{log['streams']:.0f}", *speeds, *ratios, *cpu, *memory]), "|")
     print("\n| streams, live | p50 from durable to received | p99 | resident |\n|---|---|---|---|")
     for r in reports["live"]:
         latency = [f"{r[f'{key}_milliseconds']:.1f} ms" for key in ("p50", "p99")]
