@@ -12,6 +12,11 @@ use crate::model::trainable::{TrainableNetwork, shrink};
 /// The prefix of momentum buffers in a training checkpoint.
 pub const PREFIX: &str = "momentum.";
 
+/// The learning rate's factor when a part `done` (0..1) of the training is over: half a cosine, from 1 to 0.
+pub fn half_cosine(done: f64) -> f64 {
+    0.5 * (1.0 + (std::f64::consts::PI * done).cos())
+}
+
 /// SGD with Nesterov momentum and weight decay, as `torch.optim.SGD`.
 #[derive(Debug)]
 pub struct Sgd {

@@ -23,7 +23,7 @@ use crate::trainers::dreams::Dreams;
 use crate::trainers::feed::Snapshot;
 use crate::trainers::files::{check_writable, write_whole};
 use crate::trainers::loss::divergence;
-use crate::trainers::sgd::Sgd;
+use crate::trainers::sgd::{Sgd, half_cosine};
 use classes::Classes;
 use daemon::Daemon;
 
@@ -62,10 +62,10 @@ pub fn run(options: &Options, listen: impl FnOnce() -> anyhow::Result<Arc<Atomic
     let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
     let known = source.spec.num_classes;
     let before = test.as_ref().map(|test| {
-        let network = TrainableNetwork::load(&source.spec, &source.checkpoint, options.device);
         let teacher = Teacher::load(&source, options.device, Kind::Float);
         let (images, outputs) = classes.select(test, 0);
-        accuracy(&predict(&images, |pixels| network.logits(&teacher.pixels.normalize(pixels))), &outputs, 0, known)
+        let predicted = predict(&images, |pixels| teacher.network.logits(&teacher.pixels.normalize(pixels)));
+        accuracy(&predicted, &outputs, 0, known)
     });
     let mut summary = Summary { method: options.method, before: before.flatten(), tasks: Vec::new(), complete: true };
     let (mut listen, mut stop) = (Some(listen), Arc::new(AtomicBool::new(false)));
@@ -255,7 +255,7 @@ impl<'a> Learning<'a> {
             let loss = self.loss(&real, &labels, dreams.as_ref());
             loss.backward();
             let done = self.step as f64 / steps as f64;
-            let rate = self.options.learning_rate * 0.5 * (1.0 + (std::f64::consts::PI * done).cos());
+            let rate = self.options.learning_rate * half_cosine(done);
             self.sgd.step(&self.network, rate);
             self.step += 1;
             if let Some(supply) = &self.supply

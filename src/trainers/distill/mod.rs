@@ -25,7 +25,7 @@ use crate::trainers::feed::{Feed, From, Snapshot};
 use crate::trainers::files::{check_writable, write_whole};
 use crate::trainers::progress::{Progress, State};
 use crate::trainers::replay::ReplayBuffer;
-use crate::trainers::sgd::Sgd;
+use crate::trainers::sgd::{Sgd, half_cosine};
 
 use saved::Saved;
 use teacher::TeacherFacts;
@@ -46,7 +46,7 @@ fn rate_factor(done: f64) -> f64 {
     if done < WARMUP {
         return done / WARMUP + 0.01;
     }
-    0.5 * (1.0 + (std::f64::consts::PI * ((done - WARMUP) / (1.0 - WARMUP)).min(1.0)).cos())
+    half_cosine(((done - WARMUP) / (1.0 - WARMUP)).min(1.0))
 }
 
 /// Trains a student. Ends when the budget is used up, or, with everything saved, once `stop` is set.
@@ -92,8 +92,6 @@ struct Training<'a> {
     before: Duration,
     /// Batches of this process, without those that only filled the buffer again.
     batches: u64,
-    /// Images before this sequence were trained on before the training was interrupted.
-    seen_to: u64,
     /// The sequence behind the last batch that was taken.
     position: u64,
     /// Steps made by this process, for pacing.
@@ -150,7 +148,6 @@ impl<'a> Training<'a> {
         marks.sort();
         let marks = marks.into();
         let g = facts.geometry;
-        let position = feed.unseen_from();
         Ok(Self {
             pixels: Pixels::new(&facts.normalization, device, Kind::Float),
             buffer: ReplayBuffer::new(
@@ -169,8 +166,7 @@ impl<'a> Training<'a> {
             sums: (Tensor::from(0f32).to_device(device), Tensor::from(0f32).to_device(device), 0),
             shown: Vec::new(),
             teacher: options.teacher.as_deref().map(|path| facts.load(path, device)).transpose()?,
-            seen_to: position,
-            position,
+            position: feed.unseen_from(),
             options,
             feed,
             facts,
@@ -215,7 +211,7 @@ impl<'a> Training<'a> {
     fn take(&mut self, batch: crate::client::Batch) -> anyhow::Result<()> {
         self.buffer.push(&batch)?;
         let end = batch.first_sequence + batch.count as u64;
-        self.batches += u64::from(end > self.seen_to);
+        self.batches += u64::from(end > self.feed.unseen_from());
         // Batches that only fill the buffer again lie before it.
         self.position = self.position.max(end);
         let wanted = GRID_IMAGES * self.facts.geometry.pixels();

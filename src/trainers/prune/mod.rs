@@ -27,7 +27,7 @@ use crate::trainers::dreams::Dreams;
 use crate::trainers::feed::Snapshot;
 use crate::trainers::files::{check_writable, write_whole};
 use crate::trainers::loss::distillation_loss;
-use crate::trainers::sgd::Sgd;
+use crate::trainers::sgd::{Sgd, half_cosine};
 use importance::Importance;
 
 pub use options::{Condition, Images, Measure, Options, Summary};
@@ -241,7 +241,7 @@ impl Pruning<'_> {
         let steps = self.options.fine_tune_steps;
         for step in 0..steps {
             let done = step as f64 / steps.max(1) as f64;
-            let rate = self.options.learning_rate * 0.5 * (1.0 + (std::f64::consts::PI * done).cos());
+            let rate = self.options.learning_rate * half_cosine(done);
             if !self.learn(rate, false)? {
                 break;
             }
