@@ -217,6 +217,10 @@ def test_what_the_daemon_refuses_is_told_once_and_not_tried_again(address: str) 
 
 def test_a_stream_outlives_a_restart_of_the_daemon(teacher_file: Path, tmp_path: Path) -> None:
     with daemon(teacher_file, tmp_path) as (address, _, _):
+        # Another reader has seen COUNT images: a daemon that ends earlier would leave fewer than the test counts on.
+        made = iter(stream(address))
+        take(made, COUNT)
+        made.close()
         # With all that there is ahead of the trainer, the reader hears of the daemon's end at once.
         batches = iter(stream(address, prefetch=COUNT))
         seen = take(batches, 2 * SMALL)
