@@ -227,6 +227,8 @@ async fn losses_precision_and_a_teacher_at_hand_are_choices() {
         &["--loss", "hard"],
         &["--precision", "bf16"],
         &["--teacher", teacher],
+        &["--teacher", teacher, "--hint-weight", "2"],
+        &["--teacher", teacher, "--hint-weight", "2", "--blockwise", "0.5"],
     ] {
         let summary = summary(distill(&daemon.grpc, folder.path(), &[&["--steps", "3"], choice].concat()));
         assert_eq!(summary["steps"], 3, "{choice:?}");
@@ -240,6 +242,20 @@ async fn losses_precision_and_a_teacher_at_hand_are_choices() {
     let output = distill(&daemon.grpc, folder.path(), &more).wait_with_output().unwrap();
     let error = text(&output.stderr);
     assert!(error.contains("is not the network that the daemon dreams from"), "{error}");
+
+    for (flags, problem) in [
+        (&["--hint-weight", "1"][..], "give --teacher"),
+        (&["--blockwise", "0.5"], "give --teacher"),
+        (
+            &["--teacher", teacher, "--blockwise", "1.5"],
+            "--blockwise is 1.5; give a part of the training, from 0 to 1",
+        ),
+        (&["--teacher", teacher, "--blockwise", "0.5", "--arch", "resnet18"], "has other stages than the teacher"),
+    ] {
+        let output = distill(&daemon.grpc, folder.path(), flags).wait_with_output().unwrap();
+        assert!(!output.status.success(), "{flags:?}");
+        assert!(text(&output.stderr).contains(problem), "{flags:?}: {}", text(&output.stderr));
+    }
 }
 
 #[test]

@@ -100,11 +100,11 @@ def _tail(log: Path, lines: int = 15) -> str:
 class Daemon:
     """`dreamfeed serve` as a context: ready on entry, drained with SIGTERM and gone with exit code 0 on leaving."""
 
-    def __init__(self, teacher: Path, out: Path, flags: list[str]) -> None:
+    def __init__(self, teacher: Path, out: Path, flags: list[str], *, fresh: bool = True) -> None:
         self.log, self.ready_file = out / "serve.log", out / "serve.ready.json"
         store = out / "store"
-        # Each run is one from the beginning: its log must not hold the images of the run before.
-        shutil.rmtree(store, ignore_errors=True)
+        if fresh:  # a run from the beginning: its log must not hold the images of the run before
+            shutil.rmtree(store, ignore_errors=True)
         self.command = [
             str(BINARY),
             "serve",

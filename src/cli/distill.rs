@@ -64,6 +64,14 @@ pub struct Args {
     /// The teacher's own file. Its logits are then those of the images as augmented; without it, of the unchanged ones.
     #[arg(long, value_name = "FILE")]
     teacher: Option<PathBuf>,
+    /// Learn the teacher's feature maps, too, with this weight: block by block where both have as many blocks, otherwise
+    /// stage by stage; where widths differ, attention maps. Needs --teacher.
+    #[arg(long, default_value_t = 0.0)]
+    hint_weight: f64,
+    /// In this part of the training, from its start, each block (or stage) learns by itself what the teacher's makes of the
+    /// teacher's feature maps; 0..1. A random student is useful much earlier by it. Needs --teacher and a student as wide.
+    #[arg(long, value_name = "PART", default_value_t = 0.0)]
+    blockwise: f64,
     /// Measure and save a moving average of the weights, of which this part stays at each step; 0: the weights themselves.
     #[arg(long, default_value_t = 0.0)]
     ema: f64,
@@ -117,6 +125,18 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     positive("--temperature", args.temperature, false)?;
     positive("--weight-decay", args.weight_decay, true)?;
     positive("--momentum", args.momentum, true)?;
+    positive("--hint-weight", args.hint_weight, true)?;
+    anyhow::ensure!(
+        (0.0..=1.0).contains(&args.blockwise),
+        "--blockwise is {}; give a part of the training, from 0 to 1",
+        args.blockwise
+    );
+    for (flag, value) in [("--hint-weight", args.hint_weight), ("--blockwise", args.blockwise)] {
+        anyhow::ensure!(
+            value == 0.0 || args.teacher.is_some(),
+            "{flag} is {value}, and the teacher's feature maps come from its own file; give --teacher"
+        );
+    }
     anyhow::ensure!(
         (0.0..1.0).contains(&args.ema),
         "--ema is {}; give a number from 0 up to, not including, 1",
@@ -142,6 +162,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         temperature: args.temperature,
         precision: args.precision.kind(),
         teacher: args.teacher,
+        hint_weight: args.hint_weight,
+        blockwise: args.blockwise,
         augmentation: args.augment,
         buffer_images: args.buffer_images,
         push_every: args.push_every,

@@ -188,6 +188,18 @@ pub struct Recorded {
     blocks: Vec<BlockRecord>,
 }
 
+impl Recorded {
+    /// The feature map `[N, C, H, W]` that each block gives, after its ReLU.
+    pub fn block_outputs(&self) -> impl Iterator<Item = &Tensor> {
+        self.blocks.iter().map(|block| &block.output)
+    }
+
+    /// The feature map that the first block gets.
+    pub fn stem_output(&self) -> &Tensor {
+        &self.stem_output
+    }
+}
+
 /// A network that is never trained: no tensor in it can require a gradient.
 #[derive(Debug)]
 pub struct FrozenNetwork {

@@ -63,6 +63,13 @@ pub struct NetworkSpec {
     pub num_classes: usize,
 }
 
+impl BlockSpec {
+    /// The stage that it belongs to, as its tensors name it, for example `layer2`.
+    pub fn stage(&self) -> &str {
+        self.prefix.split('.').next().unwrap_or_default()
+    }
+}
+
 /// The name and shape of a tensor that a network must have.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExpectedTensor {

@@ -2,6 +2,7 @@
 //! on the batch's own statistics.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use safetensors::Dtype;
 use tch::{Device, Kind, Tensor};
@@ -10,7 +11,7 @@ use super::channels::Kept;
 use super::checkpoint::{Checkpoint, TensorToWrite, encode};
 use super::network::{BN_EPSILON, channels_last, pad_shortcut, to_device};
 use super::source::NetworkSource;
-use super::spec::{NetworkSpec, Shortcut};
+use super::spec::{BlockSpec, Naming, NetworkSpec, Shortcut};
 
 /// PyTorch's default momentum of batch-norm statistics.
 const BN_MOMENTUM: f64 = 0.1;
@@ -166,6 +167,28 @@ impl TrainableNetwork {
         self.classify(&self.features(x, Statistics::Batch))
     }
 
+    /// The same, and the feature map `[N, C, H, W]` that each block gives, after its ReLU.
+    pub fn forward_with_maps(&self, x: &Tensor) -> (Tensor, Vec<Tensor>) {
+        let mut maps = Vec::with_capacity(self.spec.blocks.len());
+        let mut h = self.stem(x);
+        for index in 0..self.spec.blocks.len() {
+            h = self.stretch(&h, index..index + 1);
+            maps.push(h.shallow_clone());
+        }
+        (self.classify(&pool(&h).to_kind(Kind::Float)), maps)
+    }
+
+    /// What the first block gets of normalized images, with the batch's statistics.
+    pub fn stem(&self, x: &Tensor) -> Tensor {
+        stem(&channels_last(x), &mut self.unit(Statistics::Batch))
+    }
+
+    /// The map that some consecutive blocks make of the map before them, with the batch's statistics.
+    pub fn stretch(&self, x: &Tensor, blocks: Range<usize>) -> Tensor {
+        let mut unit = self.unit(Statistics::Batch);
+        self.spec.blocks[blocks].iter().fold(channels_last(x), |h, spec| block(spec, self.spec.naming, &h, &mut unit))
+    }
+
     /// The logits `[N, K]` of features `[N, C]`.
     pub fn classify(&self, features: &Tensor) -> Tensor {
         let head = self.spec.naming.head;
@@ -179,7 +202,12 @@ impl TrainableNetwork {
 
     /// The features `[N, C]` of normalized images: what the head sees.
     pub fn features(&self, x: &Tensor, statistics: Statistics) -> Tensor {
-        let unit = |x: &Tensor, conv: &str, bn: &str, stride: usize, padding: i64| {
+        features(&self.spec, &channels_last(x), &mut self.unit(statistics)).to_kind(Kind::Float)
+    }
+
+    /// A convolution and its batch norm, as [`features`] asks for it.
+    fn unit(&self, statistics: Statistics) -> impl Fn(&Tensor, &str, &str, usize, i64) -> Tensor {
+        move |x, conv, bn, stride, padding| {
             let weight = self.tensor(&format!("{conv}.weight"));
             let norm = |part: &str| Some(self.tensor(&format!("{bn}.{part}")));
             let stride = [stride as i64; 2];
@@ -195,8 +223,7 @@ impl TrainableNetwork {
                     BN_EPSILON,
                     true,
                 )
-        };
-        features(&self.spec, &channels_last(x), unit).to_kind(Kind::Float)
+        }
     }
 
     /// The network as safetensors, with metadata from which [`NetworkSource::open`] reads it back without flags. The same
@@ -217,22 +244,37 @@ impl TrainableNetwork {
 pub fn features(
     spec: &NetworkSpec,
     x: &Tensor,
-    mut unit: impl FnMut(&Tensor, &str, &str, usize, i64) -> Tensor,
+    unit: &mut impl FnMut(&Tensor, &str, &str, usize, i64) -> Tensor,
 ) -> Tensor {
-    let mut h = unit(x, "conv1", "bn1", 1, 1).relu();
-    for block in &spec.blocks {
-        let p = &block.prefix;
-        let inner = unit(&h, &format!("{p}.conv1"), &format!("{p}.bn1"), block.stride, 1).relu();
-        let out = unit(&inner, &format!("{p}.conv2"), &format!("{p}.bn2"), 1, 1);
-        let shortcut = if block.shortcut == Shortcut::Projection {
-            let s = format!("{p}.{}", spec.naming.shortcut);
-            unit(&h, &format!("{s}.0"), &format!("{s}.1"), block.stride, 0)
-        } else {
-            pad_shortcut(&h, block)
-        };
-        h = (out + shortcut).relu();
-    }
-    h.mean_dim([2i64, 3].as_slice(), false, None)
+    let stem = stem(x, unit);
+    pool(&spec.blocks.iter().fold(stem, |h, of| block(of, spec.naming, &h, unit)))
+}
+
+fn stem(x: &Tensor, unit: &mut impl FnMut(&Tensor, &str, &str, usize, i64) -> Tensor) -> Tensor {
+    unit(x, "conv1", "bn1", 1, 1).relu()
+}
+
+fn block(
+    block: &BlockSpec,
+    naming: Naming,
+    h: &Tensor,
+    unit: &mut impl FnMut(&Tensor, &str, &str, usize, i64) -> Tensor,
+) -> Tensor {
+    let p = &block.prefix;
+    let inner = unit(h, &format!("{p}.conv1"), &format!("{p}.bn1"), block.stride, 1).relu();
+    let out = unit(&inner, &format!("{p}.conv2"), &format!("{p}.bn2"), 1, 1);
+    let shortcut = if block.shortcut == Shortcut::Projection {
+        let s = format!("{p}.{}", naming.shortcut);
+        unit(h, &format!("{s}.0"), &format!("{s}.1"), block.stride, 0)
+    } else {
+        pad_shortcut(h, block)
+    };
+    (out + shortcut).relu()
+}
+
+/// The features `[N, C]` of the last map: its mean over the pixels.
+pub fn pool(map: &Tensor) -> Tensor {
+    map.mean_dim([2i64, 3].as_slice(), false, None)
 }
 
 /// The parts of a tensor that stay.

@@ -6,6 +6,7 @@ pub mod distill;
 pub mod dreams;
 pub mod feed;
 mod files;
+pub mod hints;
 pub mod loss;
 pub mod progress;
 pub mod prune;

@@ -32,7 +32,7 @@ impl PlainNetwork {
     /// Logits, and the statistics of every batch norm's input.
     fn forward(&self, x: &Tensor) -> (Tensor, Vec<BatchStatistics>) {
         let mut statistics = Vec::new();
-        let unit = |x: &Tensor, conv: &str, bn: &str, stride: usize, padding: i64| {
+        let mut unit = |x: &Tensor, conv: &str, bn: &str, stride: usize, padding: i64| {
             let norm = |part: &str| &self.tensors[&format!("{bn}.{part}")];
             let weight = &self.tensors[&format!("{conv}.weight")];
             let y = x.conv2d(weight, None::<&Tensor>, [stride as i64; 2], [padding; 2], [1, 1], 1);
@@ -45,7 +45,7 @@ impl PlainNetwork {
             let (weight, bias, mean, var) = (norm("weight"), norm("bias"), norm("running_mean"), norm("running_var"));
             y.batch_norm(Some(weight), Some(bias), Some(mean), Some(var), false, 0.1, BN_EPSILON, true)
         };
-        let features = features(&self.spec, x, unit);
+        let features = features(&self.spec, x, &mut unit);
         let head = self.spec.naming.head;
         let (weight, bias) = (&self.tensors[&format!("{head}.weight")], &self.tensors[&format!("{head}.bias")]);
         (features.linear(weight, Some(bias)), statistics)

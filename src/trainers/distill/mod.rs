@@ -23,6 +23,7 @@ use crate::synthesis::Teacher;
 use crate::trainers::average::Average;
 use crate::trainers::feed::{Feed, From, Snapshot};
 use crate::trainers::files::{check_writable, write_whole};
+use crate::trainers::hints::Hints;
 use crate::trainers::progress::{Progress, State};
 use crate::trainers::replay::ReplayBuffer;
 use crate::trainers::sgd::{Sgd, half_cosine};
@@ -36,6 +37,11 @@ pub use options::{Budget, Measurement, Options, Summary};
 const WARMUP: f64 = 0.02;
 /// Losses are averaged over so many steps, and read from the device as often.
 const REPORT_EVERY: u64 = 10;
+/// Of the blockwise loss, whose parts are below one: with it, the learning rate that suits the whole network suits its
+/// stretches.
+const BLOCKWISE_WEIGHT: f64 = 10.0;
+/// Images of a step on which the whole network is measured while its stretches learn.
+const AGREEMENT_IMAGES: i64 = 16;
 /// How long to wait for a batch before looking around again.
 const WAIT: Duration = Duration::from_millis(200);
 /// Images in the PNG grid.
@@ -80,6 +86,8 @@ struct Training<'a> {
     test: Option<LabelledImages>,
     /// Where the teacher's own file was given: asked about exactly the pixels that the student sees.
     teacher: Option<Teacher>,
+    /// Where feature maps are learned, too.
+    hints: Option<Hints>,
     student: TrainableNetwork,
     average: Option<Average>,
     sgd: Sgd,
@@ -140,6 +148,16 @@ impl<'a> Training<'a> {
             TrainableNetwork::fresh(&spec, device)
         }
         .in_precision(options.precision);
+        let teacher = options.teacher.as_deref().map(|path| facts.load(path, device)).transpose()?;
+        let hints = |teacher: &Teacher| -> anyhow::Result<Hints> {
+            let (student, teacher) = (student.spec(), teacher.network.spec());
+            let hints = Hints::between(student, teacher)?;
+            if options.blockwise > 0.0 {
+                hints.check_apart(student, teacher)?;
+            }
+            Ok(hints)
+        };
+        let hinted = options.hint_weight > 0.0 || options.blockwise > 0.0;
         let mut average = (options.ema > 0.0).then(|| Average::new(options.ema, &student));
         if let (Some(average), Some(saved)) = (&mut average, &saved) {
             average.load(&saved.checkpoint, state.step);
@@ -165,7 +183,8 @@ impl<'a> Training<'a> {
             marks,
             sums: (Tensor::from(0f32).to_device(device), Tensor::from(0f32).to_device(device), 0),
             shown: Vec::new(),
-            teacher: options.teacher.as_deref().map(|path| facts.load(path, device)).transpose()?,
+            hints: teacher.as_ref().filter(|_| hinted).map(hints).transpose()?,
+            teacher,
             position: feed.unseen_from(),
             options,
             feed,
@@ -252,14 +271,7 @@ impl<'a> Training<'a> {
         let drawn = self.buffer.draw(self.options.batch_size, &mut self.rng);
         let images = self.options.augmentation.apply(&drawn.images, &mut self.rng);
         let seen = self.pixels.normalize(&images);
-        let wanted = match &self.teacher {
-            Some(teacher) => teacher.network.logits(&seen),
-            None => drawn.logits,
-        };
-        let logits = self.student.forward(&seen);
-        // A student may know more classes than the teacher: it learns the teacher's from it, and keeps the others.
-        let logits = logits.narrow(1, 0, self.facts.num_classes as i64);
-        let loss = self.options.loss.between(&logits, &wanted, self.options.temperature);
+        let (loss, agrees) = self.loss(&seen, drawn.logits);
         loss.backward();
         let rate = self.options.learning_rate * rate_factor(self.done());
         self.sgd.step(&self.student, rate);
@@ -268,9 +280,8 @@ impl<'a> Training<'a> {
         }
         {
             let _guard = tch::no_grad_guard();
-            let agrees = logits.argmax(1, false).eq_tensor(&wanted.argmax(1, false));
             self.sums.0 += loss.detach();
-            self.sums.1 += agrees.mean(Kind::Float);
+            self.sums.1 += agrees;
             self.sums.2 += 1;
         }
         self.state.step += 1;
@@ -293,6 +304,42 @@ impl<'a> Training<'a> {
             self.save_checkpoint()?;
         }
         Ok(())
+    }
+
+    /// The loss of normalized images, with its gradient, and the part (0..1) of them on which the student agrees with the
+    /// teacher. `came` are the teacher's logits as they came with the images.
+    fn loss(&self, seen: &Tensor, came: Tensor) -> (Tensor, Tensor) {
+        let options = self.options;
+        // A student may know more classes than the teacher: it learns the teacher's from it, and keeps the others.
+        let known = |logits: Tensor| logits.narrow(1, 0, self.facts.num_classes as i64);
+        let agrees = |logits: &Tensor, wanted: &Tensor| {
+            tch::no_grad(|| logits.argmax(1, false).eq_tensor(&wanted.argmax(1, false)).mean(Kind::Float))
+        };
+        let between = |logits: &Tensor, wanted: &Tensor| options.loss.between(logits, wanted, options.temperature);
+        let Some(teacher) = &self.teacher else {
+            let logits = known(self.student.forward(seen));
+            return (between(&logits, &came), agrees(&logits, &came));
+        };
+        let Some(hints) = &self.hints else {
+            let (logits, wanted) = (known(self.student.forward(seen)), teacher.network.logits(seen));
+            return (between(&logits, &wanted), agrees(&logits, &wanted));
+        };
+        let shown = teacher.network.forward(seen, false);
+        if self.done() < options.blockwise {
+            let loss = hints.apart(&self.student, &shown, seen) * BLOCKWISE_WEIGHT;
+            // The whole network has not been run; a part of the batch tells how far it is.
+            let few = seen.narrow(0, 0, seen.size()[0].min(AGREEMENT_IMAGES));
+            let wanted = shown.logits.narrow(0, 0, few.size()[0]);
+            return (loss, agrees(&known(self.student.logits(&few)), &wanted));
+        }
+        let (logits, maps) = self.student.forward_with_maps(seen);
+        let logits = known(logits);
+        let loss = between(&logits, &shown.logits);
+        let agrees = agrees(&logits, &shown.logits);
+        if options.hint_weight == 0.0 {
+            return (loss, agrees);
+        }
+        (loss + hints.together(&maps, &shown) * options.hint_weight, agrees)
     }
 
     /// An error where the weights are not finite any more.

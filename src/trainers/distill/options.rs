@@ -50,6 +50,12 @@ pub struct Options {
     pub loss: Loss,
     /// T of that loss, where it is KL.
     pub temperature: f64,
+    /// The weight of the distance from the teacher's feature maps; needs `teacher`. 0: only its logits are
+    /// learned.
+    pub hint_weight: f64,
+    /// The part of the training, from its start, in which each stretch of the student learns on its own, from the
+    /// teacher's maps; needs `teacher`.
+    pub blockwise: f64,
     /// What the student's convolutions compute in.
     pub precision: Kind,
     /// The teacher's own file, to be asked about exactly the pixels that the student sees; otherwise the logits of the
