@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "examples/digits"))
 
 import loop  # noqa: E402
 
-MARKS = (5, 10, 20, 30, 45)
+MARKS = (5, 10, 12, 20, 21, 30, 45)
 NORMALIZATION = ["--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225"]
 PRESET = "--preset cifar10-live"
 DEMAND = "--demand subscribers --demand-max-lag 256"
@@ -34,6 +34,7 @@ TRAINING = (
     "--min-images 256 --threads 2 --ema 0.99"
 )
 RATE_SECONDS = 60
+RATE_PATIENCE = 600
 # What each tier is run with, and the trainer's steps for each chunk of it: what costs more is used longer.
 TIERS = {
     "adi": ("--iterations 24 --learning-rate 0.3", 40),
@@ -46,8 +47,12 @@ TIERS = {
 def rate(daemon: loop.Daemon) -> float:
     """Images a second of a daemon that does nothing else: whole batches, none of them the first."""
 
+    deadline = time.monotonic() + RATE_PATIENCE
+
     def next_batch(made: int) -> tuple[int, float]:
         while (now := daemon.counter("dreamfeed_images_synthesized_total")) == made:
+            if time.monotonic() > deadline:
+                raise loop.RunError(f"no rate: the daemon made no batch for long; see {daemon.log}")
             time.sleep(0.05)
         return now, time.monotonic()
 
@@ -58,18 +63,20 @@ def rate(daemon: loop.Daemon) -> float:
     return (made - first) / (at - began)
 
 
-def run(tier: str, args: argparse.Namespace, out: Path) -> tuple[list[dict], float]:
-    """One tier from a fresh daemon and a fresh student: the accuracy at each mark, and its images a second."""
-    synthesis, steps = TIERS[tier]
-    out.mkdir(parents=True, exist_ok=True)
-    marks = [mark for mark in MARKS if mark <= args.minutes] or [args.minutes]
+def serve_flags(tier: str, args: argparse.Namespace) -> list[str]:
     flags = ["--arch", args.arch, *NORMALIZATION, "--seed", "1", "--synthesizer", tier]
-    flags += [*PRESET.split(), *(args.synthesis or synthesis).split()]
+    return [*flags, *PRESET.split(), *(args.synthesis or TIERS[tier][0]).split()]
+
+
+def accuracies(tier: str, args: argparse.Namespace, out: Path) -> list[dict]:
+    """One tier from a fresh daemon and a fresh student: the accuracy at each mark."""
+    out.mkdir(parents=True, exist_ok=True)
+    marks = [mark for mark in MARKS if mark < args.minutes] + [args.minutes]
     training = ["--duration", f"{round(args.minutes * 60)}s", "--seed", "1", "--teacher", str(args.teacher)]
     training += args.training.split() if args.training else TRAINING.split()
     training += ["--eval-at", ",".join(f"{round(mark * 60)}s" for mark in marks)]
-    training += ["--steps-per-batch", str(args.steps_per_chunk or steps)]
-    with loop.Daemon(args.teacher, out, [*flags, *DEMAND.split()]) as daemon:
+    training += ["--steps-per-batch", str(args.steps_per_chunk or TIERS[tier][1])]
+    with loop.Daemon(args.teacher, out, [*serve_flags(tier, args), *DEMAND.split()]) as daemon:
         summary = loop.distill(daemon, args.data, out, training)
     print(
         f"{tier}: images dreamed {summary['images_received']:,}, consumed {summary['images_consumed']:,}, "
@@ -81,8 +88,7 @@ def run(tier: str, args: argparse.Namespace, out: Path) -> tuple[list[dict], flo
         late = [m for m in summary["accuracies"] if m["seconds"] >= 60 * mark - 1]
         if late:
             found.append({"minutes": mark, "accuracy": late[0]["accuracy"]})
-    with loop.Daemon(args.teacher, out, flags, fresh=False) as daemon:
-        return found, rate(daemon)
+    return found
 
 
 def main() -> None:
@@ -106,8 +112,11 @@ def main() -> None:
     for tier in args.tiers.split(","):
         if tier not in TIERS:
             sys.exit(f"there is no tier {tier}; known are {', '.join(TIERS)}")
-        results[tier], rates[tier] = run(tier, args, args.out_dir / "distill" / tier)
+        out = args.out_dir / "distill" / tier
+        results[tier] = accuracies(tier, args, out)
         report.write_text(json.dumps(results, indent=1) + "\n")
+        with loop.Daemon(args.teacher, out, serve_flags(tier, args), fresh=False) as daemon:
+            rates[tier] = rate(daemon)
         rates_report.write_text(json.dumps(rates, indent=1) + "\n")
     minutes = sorted({at["minutes"] for tier in results.values() for at in tier})
     print(
@@ -118,7 +127,8 @@ def main() -> None:
     print("|---" * (len(minutes) + 2) + "|")
     for tier, marks in results.items():
         at = {mark["minutes"]: f"{100 * mark['accuracy']:.1f} %" for mark in marks}
-        print(f"| {tier} | " + " | ".join(at.get(m, "-") for m in minutes) + f" | {rates.get(tier, 0):.1f} |")
+        speed = f"{rates[tier]:.1f}" if tier in rates else "-"
+        print(f"| {tier} | " + " | ".join(at.get(m, "-") for m in minutes) + f" | {speed} |")
 
 
 if __name__ == "__main__":

@@ -229,6 +229,7 @@ async fn losses_precision_and_a_teacher_at_hand_are_choices() {
         &["--teacher", teacher],
         &["--teacher", teacher, "--hint-weight", "2"],
         &["--teacher", teacher, "--hint-weight", "2", "--blockwise", "0.5"],
+        &["--teacher", teacher, "--hint-weight", "2", "--blockwise", "0.5", "--precision", "bf16"],
     ] {
         let summary = summary(distill(&daemon.grpc, folder.path(), &[&["--steps", "3"], choice].concat()));
         assert_eq!(summary["steps"], 3, "{choice:?}");
@@ -248,7 +249,7 @@ async fn losses_precision_and_a_teacher_at_hand_are_choices() {
         (&["--blockwise", "0.5"], "give --teacher"),
         (
             &["--teacher", teacher, "--blockwise", "1.5"],
-            "--blockwise is 1.5; give a part of the training, from 0 to 1",
+            "--blockwise is 1.5; give a part of the training, from 0 up to, not including, 1",
         ),
         (&["--teacher", teacher, "--blockwise", "0.5", "--arch", "resnet18"], "has other stages than the teacher"),
     ] {

@@ -68,8 +68,9 @@ pub struct Args {
     /// stage by stage; where widths differ, attention maps. Needs --teacher.
     #[arg(long, default_value_t = 0.0)]
     hint_weight: f64,
-    /// In this part of the training, from its start, each block (or stage) learns by itself what the teacher's makes of the
-    /// teacher's feature maps; 0..1. A random student is useful much earlier by it. Needs --teacher and a student as wide.
+    /// In this part of the training, from its first step, each block (or stage) learns by itself what the teacher's makes of the
+    /// teacher's feature maps; 0 up to, not including, 1. A random student is useful much earlier by it; one that was
+    /// fetched, or is past this part, goes on as a whole. Needs --teacher and a student as wide.
     #[arg(long, value_name = "PART", default_value_t = 0.0)]
     blockwise: f64,
     /// Measure and save a moving average of the weights, of which this part stays at each step; 0: the weights themselves.
@@ -127,8 +128,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     positive("--momentum", args.momentum, true)?;
     positive("--hint-weight", args.hint_weight, true)?;
     anyhow::ensure!(
-        (0.0..=1.0).contains(&args.blockwise),
-        "--blockwise is {}; give a part of the training, from 0 to 1",
+        (0.0..1.0).contains(&args.blockwise),
+        "--blockwise is {}; give a part of the training, from 0 up to, not including, 1",
         args.blockwise
     );
     for (flag, value) in [("--hint-weight", args.hint_weight), ("--blockwise", args.blockwise)] {

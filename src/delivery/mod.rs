@@ -94,7 +94,8 @@ impl Delivery {
     /// read at present.
     pub async fn recall(&self, count: usize) -> Option<Recalled> {
         let mut random = ChaCha8Rng::seed_from_u64(rand::random());
-        let mut recalled = Recalled::default();
+        let drawn_from = self.table(Sampling::Uniform, None).weight() as u64;
+        let mut recalled = Recalled { drawn_from, ..Recalled::default() };
         // A chunk that cannot be read is one draw in vain; a log of nothing else ends this.
         for _ in 0..2 * count.div_ceil(ROWS_PER_DRAW) {
             let missing = count - recalled.labels.len();

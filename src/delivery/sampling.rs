@@ -65,6 +65,11 @@ impl Table {
         self.chunks.is_empty()
     }
 
+    /// The sum of all weights: where sampling is uniform, the number of wanted images.
+    pub fn weight(&self) -> f64 {
+        self.cumulative.last().copied().unwrap_or_default()
+    }
+
     /// A chunk, drawn by weight.
     pub fn draw(&self, random: &mut impl Rng) -> Option<&Arc<Candidate>> {
         let total = *self.cumulative.last()?;

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use rand::SeedableRng;
+use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tch::{Device, Kind, Tensor};
 
@@ -28,6 +28,9 @@ use fast::FastGenerator;
 use objective::LossReport;
 use settings::{Settings, SynthesizerKind};
 use targets::TargetSequence;
+
+/// As long as the log holds fewer batches, warm-adi starts from noise.
+const WARM_LOG_BATCHES: usize = 16;
 
 /// A teacher on its device.
 #[derive(Debug)]
@@ -96,6 +99,8 @@ pub struct Recalled {
     pub images: Vec<u8>,
     /// The class each was made for, `[N]`.
     pub labels: Vec<i64>,
+    /// Images in the log that these were drawn from.
+    pub drawn_from: u64,
 }
 
 /// Images after their last step.
@@ -235,6 +240,13 @@ impl Synthesizer {
         Ok(finish(teacher, made, (self.settings.synthesizer, &self.json), surroundings))
     }
 
+    /// Whether a warm-started batch is made from noise nevertheless, with a chance that falls as the log grows: images
+    /// that are made of images are as diverse as the few that were made from nothing.
+    fn starts_anew(&mut self, log_images: u64) -> bool {
+        let enough = (WARM_LOG_BATCHES * self.settings.batch_size) as f64;
+        self.rng.random_bool((enough / log_images.max(1) as f64).min(1.0))
+    }
+
     /// Images, and the class of each unless they are noise.
     fn make(
         &mut self,
@@ -250,7 +262,9 @@ impl Synthesizer {
             SynthesizerKind::WarmAdi => surroundings.recall(self.settings.batch_size),
             _ => None,
         };
-        let recalled = recalled.map(|recalled| (tensor(teacher, &recalled), recalled.labels));
+        let recalled = recalled
+            .filter(|recalled| !self.starts_anew(recalled.drawn_from))
+            .map(|recalled| (tensor(teacher, &recalled), recalled.labels));
         let (start, labels) = match recalled {
             Some((images, labels)) => (Some(images), labels),
             None => (None, self.targets.next_batch(self.settings.batch_size, &mut self.rng)),

@@ -44,7 +44,7 @@ pub enum NoHints {
     /// Their maps have other resolutions.
     #[error(
         "the student {student} has other stages than the teacher {teacher}, so their feature maps differ in resolution; \
-         leave --hint-weight and --blockwise out, or give --arch a network of as many stages"
+         leave --hint-weight and --blockwise out, or train a student of as many stages"
     )]
     Stages {
         /// The student's architecture.

@@ -23,9 +23,12 @@ pub(super) struct Args {
     source: SourceOptions,
     #[command(flatten)]
     synthesis: SynthesisOptions,
-    /// A student, a safetensors file of the teacher's architecture; default: the teacher itself.
+    /// A student, a safetensors file; default: the teacher itself.
     #[arg(long, value_name = "FILE")]
     student: Option<PathBuf>,
+    /// The student's architecture; default: its file's metadata, or --arch.
+    #[arg(long, value_name = "ARCH", requires = "student")]
+    student_arch: Option<String>,
     /// Images in a batch.
     #[arg(long, default_value_t = 128)]
     batch: usize,
@@ -54,26 +57,30 @@ pub(super) struct Args {
 /// The side of the square matrices whose product measures the peak.
 const MATRIX: i64 = 2048;
 
-struct Timing {
-    student: FrozenNetwork,
+struct Timing<'a> {
+    student: &'a FrozenNetwork,
+    /// What is timed in turn with the steps, so that a machine whose speed drifts slows both.
+    bare: &'a mut dyn FnMut() -> f64,
+    bares: Vec<f64>,
     last: Instant,
     /// From the end of one step to the end of the next.
     steps: Vec<Duration>,
     wanted: usize,
 }
 
-impl Surroundings for Timing {
+impl Surroundings for Timing<'_> {
     fn flow(&mut self) -> Flow {
         if self.steps.len() < self.wanted { Flow::Continue } else { Flow::Stop }
     }
 
     fn student(&mut self) -> Option<(&FrozenNetwork, u64)> {
-        Some((&self.student, 1))
+        Some((self.student, 1))
     }
 
     fn step_done(&mut self, _: StepReport) {
         synchronize(self.student.device());
         self.steps.push(self.last.elapsed());
+        self.bares.push((self.bare)());
         self.last = Instant::now();
     }
 }
@@ -82,6 +89,14 @@ impl Surroundings for Timing {
 pub(super) fn run(args: Args) -> anyhow::Result<()> {
     let device = args.device.prepare()?;
     let source = NetworkSource::open(&args.teacher, &args.source)?;
+    let set = &args.synthesis;
+    for (flag, given, instead) in [
+        ("--batch-size", set.batch_size.is_some(), "--batch"),
+        ("--iterations", set.iterations.is_some(), "--steps"),
+        ("--synthesizer", set.synthesizer.is_some(), "nothing: a step is one of ADI"),
+    ] {
+        anyhow::ensure!(!given, "{flag} has no meaning for a bench of single steps; give {instead}");
+    }
     let options = SynthesisOptions {
         batch_size: Some(args.batch),
         iterations: Some(u32::from(args.steps) + u32::from(args.warmup) + 1),
@@ -93,9 +108,16 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
     let kind = args.precision.kind();
     let teacher = Teacher::load(&source, device, kind);
     let student_source = match &args.student {
-        Some(path) => NetworkSource::open(path, &args.source)?,
+        Some(path) => {
+            let arch = args.student_arch.or_else(|| args.source.arch.clone());
+            NetworkSource::open(path, &SourceOptions { arch, ..args.source })?
+        }
         None => source.clone(),
     };
+    anyhow::ensure!(
+        student_source.geometry == source.geometry && student_source.spec.num_classes == source.spec.num_classes,
+        "teacher and student differ in image size, channels or classes; give --student a network for the same images"
+    );
     let student = FrozenNetwork::load(&student_source.spec, &student_source.checkpoint, device, kind);
 
     let competes = settings.compete_weight > 0.0;
@@ -117,8 +139,6 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
             let _ = network.backward(recorded, &logits, &[]);
         }
     };
-    let bare = median(runs().map(|_| timed(&mut both)), args.warmup);
-
     // What these processors can do at best, on the largest product that they may meet.
     let square = Tensor::randn([MATRIX, MATRIX], (Kind::Float, device)).to_kind(kind);
     let mut multiply = || _ = square.matmul(&square);
@@ -135,12 +155,15 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
 
     let mut synthesizer = Synthesizer::new(settings.clone(), teacher.num_classes(), 0);
     let wanted = usize::from(args.steps) + usize::from(args.warmup);
-    let mut timing = Timing { student, last: Instant::now(), steps: Vec::new(), wanted };
+    let mut bare = || timed(&mut both);
+    let (steps, bares) = (Vec::new(), Vec::new());
+    let mut timing = Timing { student: &student, bare: &mut bare, bares, last: Instant::now(), steps, wanted };
     match synthesizer.run(&teacher, &mut timing) {
         Ok(_) | Err(SynthesisError::Stopped) => {}
         Err(error) => return Err(error.into()),
     }
     let step = median(timing.steps.iter().map(Duration::as_secs_f64), args.warmup);
+    let bare = median(timing.bares.into_iter(), args.warmup);
     // Before the plain step, which needs more.
     let peak_memory = peak_memory_bytes(device);
 
@@ -169,7 +192,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
     say!("one step                                    {step:.4} s (median of {})", args.steps);
     say!("bare forward and backward of the networks   {bare:.4} s (a step is {:.2} of it)", step / bare);
     if let Some(plain) = plain {
-        say!("plain PyTorch step (autograd, f32)          {plain:.4} s (a step is {:.2} of it)", step / plain);
+        say!("plain step by libtorch's autograd, f32      {plain:.4} s (a step is {:.2} of it)", step / plain);
     }
     say!("images a second and step                    {images:.0}");
     say!("matrix-multiply peak                        {:.1} GFLOP/s (a step uses {:.2} of it)", peak / 1e9, fraction);

@@ -98,6 +98,10 @@ struct Training<'a> {
     began: Instant,
     /// Wall time of earlier parts of a resumed training.
     before: Duration,
+    /// Wall time before the first step, which schedules do not count: the daemon's warm-up is no training.
+    waited: Option<Duration>,
+    /// The blockwise phase is not over.
+    blockwise: bool,
     /// Batches of this process, without those that only filled the buffer again.
     batches: u64,
     /// The sequence behind the last batch that was taken.
@@ -134,7 +138,7 @@ impl<'a> Training<'a> {
             let student = TrainableNetwork::load(&spec, &network, device);
             sgd.load(&student, &saved.checkpoint);
             student
-        } else if let Some(fetched) = fetched {
+        } else if let Some(fetched) = &fetched {
             let arch = &fetched.header.arch;
             if options.arch.as_ref().is_some_and(|wanted| wanted != arch) {
                 bail!(
@@ -157,6 +161,12 @@ impl<'a> Training<'a> {
             }
             Ok(hints)
         };
+        // A student that has learned to be a network must not learn blocks again, whatever the new budget.
+        let blockwise = options.blockwise > 0.0
+            && match &saved {
+                Some(saved) => saved.is_blockwise(),
+                None => fetched.is_none(),
+            };
         let hinted = options.hint_weight > 0.0 || options.blockwise > 0.0;
         let mut average = (options.ema > 0.0).then(|| Average::new(options.ema, &student));
         if let (Some(average), Some(saved)) = (&mut average, &saved) {
@@ -194,6 +204,8 @@ impl<'a> Training<'a> {
             average,
             sgd,
             before,
+            waited: saved.as_ref().and_then(Saved::waited),
+            blockwise,
             state,
         })
     }
@@ -225,6 +237,18 @@ impl<'a> Training<'a> {
             Budget::Time(time) => self.elapsed().as_secs_f64() / time.as_secs_f64().max(1e-9),
         }
         .min(1.0)
+    }
+
+    /// The part of the training that is done, 0..1, as learning rate and blockwise phase count it: from the first step.
+    fn trained(&self) -> f64 {
+        match (self.options.budget, self.waited) {
+            (Budget::Time(time), Some(waited)) => {
+                let (elapsed, time) = (self.elapsed().saturating_sub(waited), time.saturating_sub(waited));
+                (elapsed.as_secs_f64() / time.as_secs_f64().max(1e-9)).min(1.0)
+            }
+            (Budget::Time(_), None) => 0.0,
+            (Budget::Steps(_), _) => self.done(),
+        }
     }
 
     fn take(&mut self, batch: crate::client::Batch) -> anyhow::Result<()> {
@@ -268,12 +292,16 @@ impl<'a> Training<'a> {
     }
 
     fn step(&mut self) -> anyhow::Result<()> {
+        if self.waited.is_none() {
+            self.waited = Some(self.elapsed());
+        }
+        self.blockwise &= self.trained() < self.options.blockwise;
         let drawn = self.buffer.draw(self.options.batch_size, &mut self.rng);
         let images = self.options.augmentation.apply(&drawn.images, &mut self.rng);
         let seen = self.pixels.normalize(&images);
         let (loss, agrees) = self.loss(&seen, drawn.logits);
         loss.backward();
-        let rate = self.options.learning_rate * rate_factor(self.done());
+        let rate = self.options.learning_rate * rate_factor(self.trained());
         self.sgd.step(&self.student, rate);
         if let Some(average) = &mut self.average {
             average.update(&self.student);
@@ -310,7 +338,7 @@ impl<'a> Training<'a> {
     /// teacher. `came` are the teacher's logits as they came with the images.
     fn loss(&self, seen: &Tensor, came: Tensor) -> (Tensor, Tensor) {
         let options = self.options;
-        // A student may know more classes than the teacher: it learns the teacher's from it, and keeps the others.
+        // A student may know more classes than the teacher: it learns the teacher's from it.
         let known = |logits: Tensor| logits.narrow(1, 0, self.facts.num_classes as i64);
         let agrees = |logits: &Tensor, wanted: &Tensor| {
             tch::no_grad(|| logits.argmax(1, false).eq_tensor(&wanted.argmax(1, false)).mean(Kind::Float))
@@ -325,7 +353,7 @@ impl<'a> Training<'a> {
             return (between(&logits, &wanted), agrees(&logits, &wanted));
         };
         let shown = teacher.network.forward(seen, false);
-        if self.done() < options.blockwise {
+        if self.blockwise {
             let loss = hints.apart(&self.student, &shown, seen) * BLOCKWISE_WEIGHT;
             // The whole network has not been run; a part of the batch tells how far it is.
             let few = seen.narrow(0, 0, seen.size()[0].min(AGREEMENT_IMAGES));
@@ -400,7 +428,12 @@ impl<'a> Training<'a> {
         let Some(path) = &self.options.checkpoint else { return Ok(()) };
         let network = self.facts.metadata(self.student.spec());
         let log_id = self.feed.description().log.as_ref().map(|log| log.log_id.as_str()).unwrap_or_default();
-        let metadata = saved::metadata(network, &self.state, self.elapsed(), log_id, self.position);
+        let metadata = saved::metadata(network, &self.state, self.elapsed(), log_id, self.position)
+            .with(saved::BLOCKWISE, self.blockwise);
+        let metadata = match self.waited {
+            Some(waited) => metadata.with(saved::WAITED, waited.as_secs_f64()),
+            None => metadata,
+        };
         let mut more = self.sgd.state();
         more.extend(self.average.iter().flat_map(Average::state));
         write_whole(path, &self.student.to_safetensors_with(&metadata, &more))

@@ -20,6 +20,11 @@ pub(super) struct Saved {
     pub checkpoint: Checkpoint,
 }
 
+/// Metadata: see [`Saved::waited`].
+pub(super) const WAITED: &str = "waited_seconds";
+/// Metadata: see [`Saved::is_blockwise`].
+pub(super) const BLOCKWISE: &str = "blockwise";
+
 impl Saved {
     /// None where there is no such file.
     pub fn open(path: &Path) -> anyhow::Result<Option<Self>> {
@@ -37,6 +42,17 @@ impl Saved {
     /// Steps made and images consumed.
     pub fn state(&self) -> State {
         State { step: self.number("step") as u64, consumed: self.number("consumed") as u64, ..State::default() }
+    }
+
+    /// Wall time before the first step; None where there was none.
+    pub fn waited(&self) -> Option<Duration> {
+        let known = self.checkpoint.metadata().contains_key(WAITED);
+        known.then(|| Duration::from_secs_f64(self.number(WAITED).clamp(0.0, 1e9)))
+    }
+
+    /// The student still learned block by block.
+    pub fn is_blockwise(&self) -> bool {
+        self.checkpoint.metadata().get(BLOCKWISE).is_some_and(|text| text == "true")
     }
 
     /// Wall time so far.
