@@ -108,6 +108,8 @@ BENCH_DATA ?= ../shared/data/cifar10-jpeg/test_batch.bin
 BENCH_TRAIN ?= ../shared/data/cifar10-jpeg/train_subset.bin
 BENCH_OLD ?= $(MODELS)/cifar_resnet20_first5.safetensors
 BENCH_MINUTES ?= 45
+BENCH_ARCH ?= resnet20
+BENCH_STUDENT_ARCH ?= $(BENCH_ARCH)
 BENCH_TIERS ?= adi,warm-adi,fast,hybrid
 NORMALIZATION := --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225
 
@@ -119,10 +121,10 @@ bench-dreams: build ## 256 images of the CIFAR teacher by DeepInversion in 2,000
 	  --verifier $(BENCH_VERIFIER) --verifier-arch resnet56 --grid out/bench/dreams.png
 
 .PHONY: bench-distill
-bench-distill: build ## The CIFAR teacher to a random ResNet-20, BENCH_MINUTES (45) by the clock for each of BENCH_TIERS
+bench-distill: build ## The teacher to a random student (ResNet-20 both), BENCH_MINUTES (45) by the clock for each of BENCH_TIERS
 	@$(say) "bench-distill: $(BENCH_MINUTES) minutes for each of $(BENCH_TIERS)"
 	@$(PYTHON) benches/distill.py --teacher $(BENCH_TEACHER) --data $(BENCH_DATA) --minutes $(BENCH_MINUTES) \
-	  --tiers $(BENCH_TIERS)
+	  --tiers $(BENCH_TIERS) --arch $(BENCH_ARCH) --student-arch $(BENCH_STUDENT_ARCH)
 
 .PHONY: bench-prune
 bench-prune: build ## A ResNet-56 without 20, 40 and 60 % of its FLOPs, fine-tuned on dreams, real pictures, noise, nothing

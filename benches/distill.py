@@ -71,9 +71,11 @@ def serve_flags(tier: str, args: argparse.Namespace) -> list[str]:
 def accuracies(tier: str, args: argparse.Namespace, out: Path) -> list[dict]:
     """One tier from a fresh daemon and a fresh student: the accuracy at each mark."""
     out.mkdir(parents=True, exist_ok=True)
-    marks = [mark for mark in MARKS if mark < args.minutes] + [args.minutes]
+    last = int(args.minutes) if args.minutes.is_integer() else args.minutes
+    marks = [mark for mark in MARKS if mark < last] + [last]
     training = ["--duration", f"{round(args.minutes * 60)}s", "--seed", "1", "--teacher", str(args.teacher)]
     training += args.training.split() if args.training else TRAINING.split()
+    training += ["--arch", args.student_arch or args.arch]
     training += ["--eval-at", ",".join(f"{round(mark * 60)}s" for mark in marks)]
     training += ["--steps-per-batch", str(args.steps_per_chunk or TIERS[tier][1])]
     with loop.Daemon(args.teacher, out, [*serve_flags(tier, args), *DEMAND.split()]) as daemon:
@@ -96,7 +98,8 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=45)
-    parser.add_argument("--arch", default="resnet20")
+    parser.add_argument("--arch", default="resnet20", help="the teacher's")
+    parser.add_argument("--student-arch", help="the student's; default: the teacher's")
     parser.add_argument("--tiers", default=",".join(TIERS), help="which to run")
     parser.add_argument("--synthesis", help="other flags of dreamfeed serve than the tier's own")
     parser.add_argument("--steps-per-chunk", type=int, help="another pace than the tier's own")

@@ -85,6 +85,8 @@ impl DeviceOption {
         }
         load_cuda_library();
         let count = Cuda::device_count();
+        // Every batch has the same shapes: the search for the fastest convolutions is paid once.
+        Cuda::cudnn_set_benchmark(count > 0);
         match self {
             Self::Auto | Self::Cpu => Ok(Device::cuda_if_available()),
             Self::Cuda(index) if (index as i64) < count => Ok(Device::Cuda(index)),

@@ -215,6 +215,29 @@ async fn what_diverges_replaces_nothing_that_was_good() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn blocks_are_learned_first_and_never_again() {
+    let daemon = Daemon::start(&["--batch-size", "8", "--max-images", "16"]);
+    let folder = tempfile::tempdir().unwrap();
+    let teacher = write_teacher(folder.path());
+    let state = folder.path().join("state.safetensors");
+    // Whether the last step was one of blocks.
+    let run = |steps: &str, blockwise: &str, more: &[&str]| {
+        let flags = ["--teacher", teacher.to_str().unwrap(), "--steps", steps, "--blockwise", blockwise];
+        let output = distill(&daemon.grpc, folder.path(), &[&flags, more].concat()).wait_with_output().unwrap();
+        let last = text(&output.stderr).lines().last().unwrap().to_owned();
+        succeeded(output);
+        assert!(last.contains("done"), "{last}");
+        last.contains("block by block")
+    };
+    let resumed = ["--checkpoint", state.to_str().unwrap()];
+    assert!(run("2", "0.9", &resumed));
+    assert!(run("4", "0.9", &resumed), "it was not over");
+    assert!(!run("6", "0.7", &resumed), "five of six are more");
+    assert!(!run("60", "0.7", &resumed), "what is over stays over, whatever the new budget");
+    assert!(!run("2", "0.9", &["--fetch"]), "a student that somebody trained is a network");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn losses_precision_and_a_teacher_at_hand_are_choices() {
     let daemon = Daemon::start(&["--batch-size", "8", "--max-images", "16"]);
     let folder = tempfile::tempdir().unwrap();

@@ -106,7 +106,10 @@ impl Unit {
         let bias = self.folded.then_some(&self.bias);
         let conv = x.conv2d(&self.weight, bias, stride, padding, [1, 1], 1);
         let tapped = tap.map(|statistics| {
-            let (mean, var) = conv.batch_norm_update_stats(None::<&Tensor>, None::<&Tensor>, 0.0);
+            // Given running statistics in f32, which momentum 0 leaves alone, the result is in f32, too; without, on the CPU
+            // it is rounded to the map's own kind.
+            let (unused, unused_too) = (&self.running_mean.zeros_like(), &self.running_var.zeros_like());
+            let (mean, var) = conv.batch_norm_update_stats(Some(unused), Some(unused_too), 0.0);
             let (mean, var) = (mean.to_kind(self.scale.kind()), var.to_kind(self.scale.kind()));
             let (input_mean, input_var) = if self.folded {
                 ((&mean - &self.shift) / &self.scale, &var / self.scale.square())

@@ -132,7 +132,8 @@ impl FastGenerator {
                     Some(sums) => sums.into_iter().zip(gradients).map(|(sum, gradient)| sum + gradient).collect(),
                 });
             });
-            let losses = (step == 0 || last).then(|| loss.report());
+            // Reading them waits for the device.
+            let losses = last.then(|| loss.report());
             let finite = losses.as_ref().is_none_or(LossReport::is_finite);
             surroundings.step_done(StepReport { step, elapsed: began.elapsed(), student_version, losses });
             if !finite {

@@ -356,3 +356,20 @@ fn host_f32(tensor: &Tensor) -> Vec<f32> {
     tensor.copy_data(&mut values, length);
     values
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_small_log_starts_anew_and_a_large_one_seldom() {
+        let settings = Settings { batch_size: 10, ..Settings::preset("digits").unwrap() };
+        let mut synthesizer = Synthesizer::new(settings, 10, 1);
+        let mut of_a_thousand = |log_images| (0..1000).filter(|_| synthesizer.starts_anew(log_images)).count();
+        assert_eq!(of_a_thousand(0), 1000);
+        assert_eq!(of_a_thousand(160), 1000);
+        assert!((200..300).contains(&of_a_thousand(640)), "a quarter");
+        assert!((1..30).contains(&of_a_thousand(16_000)), "a hundredth: the log never stops growing");
+    }
+}

@@ -17,6 +17,8 @@ pub struct State {
     pub done: f64,
     /// The mean loss of the last steps.
     pub loss: f64,
+    /// The student still learns block by block, which is another loss than the one after it.
+    pub blockwise: bool,
     /// Agreement of the student with the teacher's class on training batches, 0..1.
     pub agreement: f64,
     /// Accuracy on the test file, 0..1, once measured.
@@ -80,8 +82,9 @@ impl Progress {
         let rate = state.consumed.saturating_sub(self.before) as f64 / self.began.elapsed().as_secs_f64().max(1e-9);
         let accuracy =
             state.accuracy.map_or(String::new(), |accuracy| format!("accuracy {:.1} %  ", accuracy * 100.0));
+        let phase = if state.blockwise { "  block by block" } else { "" };
         format!(
-            "step {}  loss {:.3}  agreement {:.1} %  {accuracy}images/s {rate:.0}  received {}  pushed {}",
+            "step {}{phase}  loss {:.3}  agreement {:.1} %  {accuracy}images/s {rate:.0}  received {}  pushed {}",
             state.step,
             state.loss,
             state.agreement * 100.0,

@@ -93,3 +93,52 @@ fn each_target_gets_the_image_that_suits_it() {
     let chosen = assignment(&logits, &Tensor::from_slice(&[0i64, 1, 1]));
     assert_eq!(Vec::<i64>::try_from(chosen).unwrap(), [1, 0, 2]);
 }
+
+#[test]
+fn a_generator_that_is_told_the_class_makes_it() {
+    let (teacher, mut settings) = (teacher(), settings());
+    // Classes only, so that nothing else decides.
+    settings.fast = FastSettings {
+        conditional: true,
+        assign: false,
+        r_feature_weight: 0.0,
+        compete_weight: 0.0,
+        cross_entropy_weight: 1.0,
+        ..settings.fast
+    };
+    let mut generator = FastGenerator::fresh(&teacher, &settings);
+    (0..40).for_each(|seed| drop(batch(&mut generator, &teacher, &settings, seed)));
+    let latent = Tensor::randn([16, 8], (Kind::Float, Device::Cpu));
+    // The mean log-probability of each class where one is asked for.
+    let seen = |asked: i64| {
+        let targets = Tensor::full([16], asked, (Kind::Int64, Device::Cpu));
+        let one_hot = one_hot(&teacher, &settings, &targets);
+        let images = tch::no_grad(|| generator.generator.forward(&latent, one_hot.as_ref()));
+        let logits = teacher.network.logits(&teacher.pixels.normalize_unit(&images));
+        Vec::<f64>::try_from(logits.log_softmax(1, None).mean_dim([0i64].as_slice(), false, Kind::Double)).unwrap()
+    };
+    let seen = [0, 1, 2].map(seen);
+    for class in 0..3 {
+        for other in (0..3).filter(|other| *other != class) {
+            assert!(seen[class][class] > seen[other][class], "{seen:?}");
+        }
+    }
+}
+
+#[test]
+fn a_reset_renews_the_first_layer_alone() {
+    let (teacher, settings) = (teacher(), settings());
+    let mut generator = FastGenerator::fresh(&teacher, &settings);
+    let _ = batch(&mut generator, &teacher, &settings, 1);
+    let copies = |generator: &FastGenerator| -> Vec<Tensor> {
+        generator.generator.parameters().iter().map(|parameter| parameter.detach().copy()).collect()
+    };
+    let before = copies(&generator);
+    generator.reset();
+    let after = copies(&generator);
+    assert_ne!(before[0], after[0]);
+    assert_eq!(before[3..], after[3..]);
+    let mut often = settings;
+    often.fast.reset_every = 1;
+    assert!(batch(&mut generator, &teacher, &often, 2).isfinite().all().int64_value(&[]) == 1);
+}

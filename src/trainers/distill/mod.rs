@@ -100,8 +100,6 @@ struct Training<'a> {
     before: Duration,
     /// Wall time before the first step, which schedules do not count: the daemon's warm-up is no training.
     waited: Option<Duration>,
-    /// The blockwise phase is not over.
-    blockwise: bool,
     /// Batches of this process, without those that only filled the buffer again.
     batches: u64,
     /// The sequence behind the last batch that was taken.
@@ -130,7 +128,7 @@ impl<'a> Training<'a> {
         let arch = options.arch.as_ref().unwrap_or(&facts.arch);
         let spec = NetworkSpec::fresh(arch, facts.geometry.channels, facts.num_classes)?;
         let mut sgd = Sgd::new(options.momentum, options.weight_decay);
-        let state = saved.as_ref().map(Saved::state).unwrap_or_default();
+        let mut state = saved.as_ref().map(Saved::state).unwrap_or_default();
         let before = saved.as_ref().map(Saved::elapsed).unwrap_or_default();
         let fetched = if options.fetch && saved.is_none() { feed.fetch_student(options.patience)? } else { None };
         let student = if let Some(saved) = &saved {
@@ -162,11 +160,10 @@ impl<'a> Training<'a> {
             Ok(hints)
         };
         // A student that has learned to be a network must not learn blocks again, whatever the new budget.
-        let blockwise = options.blockwise > 0.0
-            && match &saved {
-                Some(saved) => saved.is_blockwise(),
-                None => fetched.is_none(),
-            };
+        state.blockwise &= options.blockwise > 0.0;
+        if saved.is_none() {
+            state.blockwise = options.blockwise > 0.0 && fetched.is_none();
+        }
         let hinted = options.hint_weight > 0.0 || options.blockwise > 0.0;
         let mut average = (options.ema > 0.0).then(|| Average::new(options.ema, &student));
         if let (Some(average), Some(saved)) = (&mut average, &saved) {
@@ -205,7 +202,6 @@ impl<'a> Training<'a> {
             sgd,
             before,
             waited: saved.as_ref().and_then(Saved::waited),
-            blockwise,
             state,
         })
     }
@@ -295,7 +291,7 @@ impl<'a> Training<'a> {
         if self.waited.is_none() {
             self.waited = Some(self.elapsed());
         }
-        self.blockwise &= self.trained() < self.options.blockwise;
+        self.state.blockwise &= self.trained() < self.options.blockwise;
         let drawn = self.buffer.draw(self.options.batch_size, &mut self.rng);
         let images = self.options.augmentation.apply(&drawn.images, &mut self.rng);
         let seen = self.pixels.normalize(&images);
@@ -353,7 +349,7 @@ impl<'a> Training<'a> {
             return (between(&logits, &wanted), agrees(&logits, &wanted));
         };
         let shown = teacher.network.forward(seen, false);
-        if self.blockwise {
+        if self.state.blockwise {
             let loss = hints.apart(&self.student, &shown, seen) * BLOCKWISE_WEIGHT;
             // The whole network has not been run; a part of the batch tells how far it is.
             let few = seen.narrow(0, 0, seen.size()[0].min(AGREEMENT_IMAGES));
@@ -428,12 +424,7 @@ impl<'a> Training<'a> {
         let Some(path) = &self.options.checkpoint else { return Ok(()) };
         let network = self.facts.metadata(self.student.spec());
         let log_id = self.feed.description().log.as_ref().map(|log| log.log_id.as_str()).unwrap_or_default();
-        let metadata = saved::metadata(network, &self.state, self.elapsed(), log_id, self.position)
-            .with(saved::BLOCKWISE, self.blockwise);
-        let metadata = match self.waited {
-            Some(waited) => metadata.with(saved::WAITED, waited.as_secs_f64()),
-            None => metadata,
-        };
+        let metadata = saved::metadata(network, &self.state, (self.elapsed(), self.waited), log_id, self.position);
         let mut more = self.sgd.state();
         more.extend(self.average.iter().flat_map(Average::state));
         write_whole(path, &self.student.to_safetensors_with(&metadata, &more))

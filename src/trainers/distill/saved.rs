@@ -20,11 +20,6 @@ pub(super) struct Saved {
     pub checkpoint: Checkpoint,
 }
 
-/// Metadata: see [`Saved::waited`].
-pub(super) const WAITED: &str = "waited_seconds";
-/// Metadata: see [`Saved::is_blockwise`].
-pub(super) const BLOCKWISE: &str = "blockwise";
-
 impl Saved {
     /// None where there is no such file.
     pub fn open(path: &Path) -> anyhow::Result<Option<Self>> {
@@ -39,20 +34,17 @@ impl Saved {
         self.checkpoint.metadata().get(key).and_then(|text| text.parse::<f64>().ok()).unwrap_or_default()
     }
 
-    /// Steps made and images consumed.
+    /// Steps made, images consumed, and whether the student still learned block by block.
     pub fn state(&self) -> State {
-        State { step: self.number("step") as u64, consumed: self.number("consumed") as u64, ..State::default() }
+        let blockwise = self.checkpoint.metadata().get("blockwise").is_some_and(|text| text == "true");
+        let (step, consumed) = (self.number("step") as u64, self.number("consumed") as u64);
+        State { step, consumed, blockwise, ..State::default() }
     }
 
-    /// Wall time before the first step; None where there was none.
+    /// Wall time before the first step; None where none was made.
     pub fn waited(&self) -> Option<Duration> {
-        let known = self.checkpoint.metadata().contains_key(WAITED);
-        known.then(|| Duration::from_secs_f64(self.number(WAITED).clamp(0.0, 1e9)))
-    }
-
-    /// The student still learned block by block.
-    pub fn is_blockwise(&self) -> bool {
-        self.checkpoint.metadata().get(BLOCKWISE).is_some_and(|text| text == "true")
+        let seconds: f64 = self.checkpoint.metadata().get("waited_seconds")?.parse().ok()?;
+        Duration::try_from_secs_f64(seconds).ok()
     }
 
     /// Wall time so far.
@@ -94,11 +86,19 @@ impl Saved {
 }
 
 /// What [`Saved`] reads back, beside the tensors.
-pub(super) fn metadata(network: Metadata, state: &State, elapsed: Duration, log_id: &str, position: u64) -> Metadata {
+pub(super) fn metadata(
+    network: Metadata,
+    state: &State,
+    (elapsed, waited): (Duration, Option<Duration>),
+    log_id: &str,
+    position: u64,
+) -> Metadata {
     network
         .with("step", state.step)
         .with("consumed", state.consumed)
+        .with("blockwise", state.blockwise)
         .with("seconds", elapsed.as_secs_f64())
+        .with("waited_seconds", waited.map_or_else(String::new, |waited| waited.as_secs_f64().to_string()))
         .with("log_id", log_id)
         .with("position", position)
 }
