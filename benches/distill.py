@@ -1,4 +1,4 @@
-"""Time to accuracy of each tier: a CIFAR teacher to a random student of the same architecture, by the clock.
+"""Time to accuracy of each tier: a teacher of CIFAR images to a random student, by the clock.
 
 Daemon and trainer are two processes that share the cores of one machine. The trainer is paced: it makes so many steps
 for each chunk of dreams and then leaves the cores to the daemon, which rests while enough dreams wait (--demand
@@ -97,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--teacher", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=45)
+    parser.add_argument("--minutes", type=float, default=45.0)
     parser.add_argument("--arch", default="resnet20", help="the teacher's")
     parser.add_argument("--student-arch", help="the student's; default: the teacher's")
     parser.add_argument("--tiers", default=",".join(TIERS), help="which to run")
@@ -118,8 +118,15 @@ def main() -> None:
         out = args.out_dir / "distill" / tier
         results[tier] = accuracies(tier, args, out)
         report.write_text(json.dumps(results, indent=1) + "\n")
-        with loop.Daemon(args.teacher, out, serve_flags(tier, args), fresh=False) as daemon:
-            rates[tier] = rate(daemon)
+        rates.pop(tier, None)
+        try:
+            with loop.Daemon(args.teacher, out, serve_flags(tier, args), fresh=False) as daemon:
+                rates[tier] = rate(daemon)
+        except (
+            loop.RunError,
+            OSError,
+        ) as error:  # the accuracies of this tier and those to come are worth more
+            print(f"{tier}: {error}", file=sys.stderr)
         rates_report.write_text(json.dumps(rates, indent=1) + "\n")
     minutes = sorted({at["minutes"] for tier in results.values() for at in tier})
     print(

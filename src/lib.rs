@@ -19,6 +19,19 @@ pub mod synthesis;
 pub mod telemetry;
 pub mod trainers;
 
+/// What unit tests, threads of one process, share.
+#[cfg(test)]
+mod testing {
+    use std::sync::{Mutex, MutexGuard, PoisonError};
+
+    /// Held by every test that draws from libtorch's generator, of which there is one: nobody else draws between its seed
+    /// and its draws.
+    pub fn drawing_alone() -> MutexGuard<'static, ()> {
+        static GENERATOR: Mutex<()> = Mutex::new(());
+        GENERATOR.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// The contract.
 #[allow(missing_docs)]
 pub mod proto {

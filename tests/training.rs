@@ -294,8 +294,16 @@ fn bench_synth_prints_what_a_step_costs() {
         assert!(report[key].as_f64().unwrap() > 0.0, "{key}: {report}");
     }
     assert_eq!(report["precision"], precision);
+    for error in ["loss_error", "gradient_error"] {
+        assert!(report[error].as_f64().unwrap() < 1e-3, "{error}: {report}");
+    }
     let parts: f64 = report["profile"].as_object().unwrap().values().map(|seconds| seconds.as_f64().unwrap()).sum();
     assert!((parts - report["step_seconds"].as_f64().unwrap()).abs() < 1e-6, "{report}");
+
+    let mut command = dreamfeed(&["bench", "synth", "--batch-size", "2", "--teacher"]);
+    let output = command.arg(&teacher).output().unwrap();
+    assert!(!output.status.success());
+    assert!(text(&output.stderr).contains("give --batch"), "{}", text(&output.stderr));
 }
 
 #[tokio::test(flavor = "multi_thread")]

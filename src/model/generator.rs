@@ -185,6 +185,7 @@ mod tests {
 
     #[test]
     fn an_upsampled_convolution_is_one_on_the_upsampled_map() {
+        let _alone = crate::testing::drawing_alone();
         tch::manual_seed(3);
         let double = (Kind::Double, Device::Cpu);
         for (n, c, out, h, w) in [(2, 3, 4, 5, 6), (1, 1, 1, 1, 1), (3, 4, 2, 8, 7)] {
@@ -207,6 +208,7 @@ mod tests {
 
     #[test]
     fn images_have_the_size_that_was_asked_for() {
+        let _alone = crate::testing::drawing_alone();
         for (channels, height, width) in [(3, 32, 32), (1, 8, 8), (1, 7, 9), (3, 5, 2)] {
             let shape =
                 GeneratorShape { latent: 6, classes: 4, width: 3, geometry: Geometry { channels, height, width } };

@@ -156,6 +156,7 @@ mod tests {
 
     #[test]
     fn jitter_is_undone_exactly() {
+        let _alone = crate::testing::drawing_alone();
         let settings = Settings { jitter: 3, flip: true, ..Settings::preset("cifar10").unwrap() };
         let mut rng = ChaCha8Rng::seed_from_u64(7);
         let x = Tensor::randn([2, 3, 8, 9], (Kind::Float, tch::Device::Cpu));
@@ -167,6 +168,7 @@ mod tests {
 
     #[test]
     fn schedules_start_and_end_where_they_should() {
+        let _alone = crate::testing::drawing_alone();
         assert_eq!(schedule_factor(Schedule::Constant, 1999, 2000), 1.0);
         assert_eq!(schedule_factor(Schedule::Cosine, 0, 2000), 1.0);
         assert!(schedule_factor(Schedule::Cosine, 1999, 2000) < 1e-5);

@@ -262,4 +262,4 @@ fn shape(teacher: &Teacher, settings: &Settings) -> GeneratorShape {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

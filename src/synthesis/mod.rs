@@ -88,7 +88,8 @@ pub struct StepReport {
     pub elapsed: Duration,
     /// The student it was made against; 0 = none.
     pub student_version: u64,
-    /// The loss before the step; only every [`adi::REPORT_EVERY`] steps, because reading it waits for the device.
+    /// The loss before the step; on pixels only every [`adi::REPORT_EVERY`] steps and at the last, of a generator only at
+    /// the last, because reading it waits for the device.
     pub losses: Option<LossReport>,
 }
 
@@ -362,8 +363,39 @@ fn host_f32(tensor: &Tensor) -> Vec<f32> {
 mod tests {
     use super::*;
 
+    /// A log that is large and consists of one batch.
+    struct Log(Recalled);
+
+    impl Surroundings for Log {
+        fn recall(&mut self, count: usize) -> Option<Recalled> {
+            assert_eq!(count, self.0.labels.len());
+            Some(self.0.clone())
+        }
+    }
+
+    #[test]
+    fn warm_adi_goes_on_with_images_of_the_log() {
+        let _alone = crate::testing::drawing_alone();
+        let teacher = fast::tests::teacher();
+        let images: Vec<u8> = (0..6 * 64).map(|at| (at * 7 % 256) as u8).collect();
+        let labels = vec![2, 1, 0, 2, 1, 0];
+        let mut log = Log(Recalled { images: images.clone(), labels: labels.clone(), drawn_from: u64::MAX });
+        let settings = Settings {
+            synthesizer: SynthesizerKind::WarmAdi,
+            batch_size: 6,
+            warm_iterations: 1,
+            // Steps too small to be seen.
+            learning_rate: 1e-9,
+            ..Settings::preset("digits").unwrap()
+        };
+        let batch = Synthesizer::new(settings, 3, 1).run(&teacher, &mut log).unwrap();
+        assert_eq!(batch.images, images);
+        assert_eq!(batch.labels, labels);
+    }
+
     #[test]
     fn a_small_log_starts_anew_and_a_large_one_seldom() {
+        let _alone = crate::testing::drawing_alone();
         let settings = Settings { batch_size: 10, ..Settings::preset("digits").unwrap() };
         let mut synthesizer = Synthesizer::new(settings, 10, 1);
         let mut of_a_thousand = |log_images| (0..1000).filter(|_| synthesizer.starts_anew(log_images)).count();

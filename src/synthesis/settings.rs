@@ -28,7 +28,7 @@ pub const REFERENCE_BATCH: f64 = 256.0;
 pub enum SynthesizerKind {
     /// Pixels optimized by DeepInversion; adaptive as soon as there is a student.
     Adi,
-    /// The same from images of the log instead of noise.
+    /// The same from images of the log instead of noise; the smaller the log, the more often still from noise.
     WarmAdi,
     /// A meta-learned generator.
     Fast,

@@ -188,6 +188,7 @@ mod tests {
 
     #[test]
     fn a_student_that_is_the_teacher_is_at_no_distance() {
+        let _alone = crate::testing::drawing_alone();
         for arch in ["resnet14", "resnet14-projection"] {
             let (same, images) = (student(arch, 1), images());
             let teacher = settled(&same, &images);
@@ -206,6 +207,7 @@ mod tests {
 
     #[test]
     fn every_parameter_learns_whatever_the_depths() {
+        let _alone = crate::testing::drawing_alone();
         let images = images();
         for (teacher, student_arch) in [("resnet14", "resnet14"), ("resnet14", "resnet8"), ("resnet8", "resnet20")] {
             let teacher = settled(&student(teacher, 1), &images);
@@ -233,6 +235,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_compared_is_refused() {
+        let _alone = crate::testing::drawing_alone();
         let narrow = {
             let wide = student("resnet18", 1);
             Hints::between(wide.spec(), &spec("resnet20"))
@@ -248,6 +251,7 @@ mod tests {
 
     #[test]
     fn attention_says_where_and_not_in_which_channel() {
+        let _alone = crate::testing::drawing_alone();
         let maps = images().relu();
         let turned = Tensor::cat(&[maps.narrow(1, 1, 2), maps.narrow(1, 0, 1)], 1);
         let distance = |a: &Tensor, b: &Tensor| (attention(a) - attention(b)).abs().max().double_value(&[]);

@@ -10,7 +10,7 @@ use crate::model::network::{BN_EPSILON, BatchStatistics, to_device};
 use crate::model::spec::NetworkSpec;
 use crate::model::trainable::features;
 use crate::synthesis::adam::Adam;
-use crate::synthesis::objective::{batch_scale, cross_entropy, r_compete, r_feature, tv_l2};
+use crate::synthesis::objective::{batch_scale, cross_entropy, l2, r_compete, r_feature, tv_l1, tv_l2};
 use crate::synthesis::settings::Settings;
 
 /// A network in evaluation mode whose parameters ask for gradients that nobody uses, as PyTorch's do.
@@ -64,7 +64,8 @@ pub(super) struct PlainStep {
     pub student: Option<PlainNetwork>,
     pub settings: Settings,
     images: Tensor,
-    targets: Tensor,
+    /// The class of each image.
+    pub targets: Tensor,
     adam: Adam,
 }
 
@@ -77,25 +78,47 @@ impl PlainStep {
         Self { teacher, student, settings, images, targets, adam }
     }
 
-    /// One step with jitter, every term, backward, Adam.
-    pub fn step(&mut self) {
+    /// Every term, weighted.
+    fn loss(&mut self, x: &Tensor) -> Tensor {
         self.teacher.zero_grad();
-        self.images.zero_grad();
         let s = &self.settings;
-        let x = self.images.roll([1, -1], [2, 3]);
-        let (logits, statistics) = self.teacher.forward(&x);
-        let mut loss = cross_entropy(&logits, &self.targets) * s.cross_entropy_weight
-            + tv_l2(&x) * (s.tv_l2_weight * batch_scale(x.size()[0] as usize));
+        let scale = batch_scale(x.size()[0] as usize);
+        let (logits, statistics) = self.teacher.forward(x);
+        let mut loss = cross_entropy(&logits, &self.targets) * s.cross_entropy_weight;
+        for (weight, term) in [
+            (s.tv_l1_weight, tv_l1 as fn(&Tensor) -> Tensor),
+            (s.tv_l2_weight * scale, tv_l2),
+            (s.l2_weight * scale, l2),
+        ] {
+            if weight > 0.0 {
+                loss += term(x) * weight;
+            }
+        }
         if let Some(distance) = r_feature(&statistics, s.first_bn_multiplier) {
             loss += distance * s.r_feature_weight;
         }
         if let Some(student) = &mut self.student {
             student.zero_grad();
-            let seen = student.forward(&x).0;
+            let seen = student.forward(x).0;
             loss += r_compete(&logits, &seen, s.compete_temperature, s.compete_form) * s.compete_weight;
         }
+        loss
+    }
+
+    /// The loss of images `[N, C, H, W]`, and its gradient.
+    pub fn gradient(&mut self, images: &Tensor) -> (f64, Tensor) {
+        let x = images.detach().set_requires_grad(true);
+        let loss = self.loss(&x);
         loss.backward();
-        let (gradient, rate) = (self.images.grad(), s.learning_rate);
+        (loss.double_value(&[]), x.grad())
+    }
+
+    /// One step with jitter, every term, backward, Adam.
+    pub fn step(&mut self) {
+        self.images.zero_grad();
+        let x = self.images.roll([1, -1], [2, 3]);
+        self.loss(&x).backward();
+        let (gradient, rate) = (self.images.grad(), self.settings.learning_rate);
         tch::no_grad(|| self.adam.step(&mut self.images, &gradient, rate));
     }
 }

@@ -10,9 +10,9 @@ use super::plain::{PlainNetwork, PlainStep};
 use crate::device::{DeviceArgs, Precision};
 use crate::model::network::FrozenNetwork;
 use crate::model::source::{NetworkSource, SourceOptions};
-use crate::synthesis::objective;
 use crate::synthesis::settings::{Settings, SynthesisOptions, SynthesizerKind};
 use crate::synthesis::{Flow, StepReport, Surroundings, SynthesisError, Synthesizer, Teacher};
+use crate::synthesis::{adi, objective};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -26,7 +26,7 @@ pub(super) struct Args {
     /// A student, a safetensors file; default: the teacher itself.
     #[arg(long, value_name = "FILE")]
     student: Option<PathBuf>,
-    /// The student's architecture; default: its file's metadata, or --arch.
+    /// The student's architecture; default: --arch, or its file's metadata.
     #[arg(long, value_name = "ARCH", requires = "student")]
     student_arch: Option<String>,
     /// Images in a batch.
@@ -85,17 +85,26 @@ impl Surroundings for Timing<'_> {
     }
 }
 
+/// The same step by autograd through networks as they are, in f32.
+struct Plain {
+    seconds: f64,
+    /// Of our loss from its, relative.
+    loss_error: f64,
+    /// Of our image gradient from its: the norm of the difference over the norm.
+    gradient_error: f64,
+}
+
 /// Measures steps of one synthesis run.
 pub(super) fn run(args: Args) -> anyhow::Result<()> {
     let device = args.device.prepare()?;
     let source = NetworkSource::open(&args.teacher, &args.source)?;
     let set = &args.synthesis;
     for (flag, given, instead) in [
-        ("--batch-size", set.batch_size.is_some(), "--batch"),
-        ("--iterations", set.iterations.is_some(), "--steps"),
-        ("--synthesizer", set.synthesizer.is_some(), "nothing: a step is one of ADI"),
+        ("--batch-size", set.batch_size.is_some(), "give --batch"),
+        ("--iterations", set.iterations.is_some(), "give --steps"),
+        ("--synthesizer", set.synthesizer.is_some(), "leave it out, a step is one of ADI"),
     ] {
-        anyhow::ensure!(!given, "{flag} has no meaning for a bench of single steps; give {instead}");
+        anyhow::ensure!(!given, "{flag} has no meaning for a bench of single steps; {instead}");
     }
     let options = SynthesisOptions {
         batch_size: Some(args.batch),
@@ -169,9 +178,18 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
 
     let plain = (!args.no_plain).then(|| {
         let load = |source: &NetworkSource| PlainNetwork::load(&source.spec, &source.checkpoint, device, Kind::Float);
-        let mut plain = PlainStep::new(load(&source), competes.then(|| load(&student_source)), settings, &x);
-        median(runs().map(|_| timed(&mut || plain.step())), args.warmup)
+        let mut plain = PlainStep::new(load(&source), competes.then(|| load(&student_source)), settings.clone(), &x);
+        let (theirs, their_gradient) = plain.gradient(&x);
+        let (gradient, ours) =
+            adi::image_gradient(&teacher, &settings, &x, &plain.targets, competes.then_some(&student));
+        let difference = (gradient - &their_gradient).norm() / their_gradient.norm();
+        Plain {
+            loss_error: ((ours.report().total - theirs) / theirs).abs(),
+            gradient_error: difference.double_value(&[]),
+            seconds: median(runs().map(|_| timed(&mut || plain.step())), args.warmup),
+        }
     });
+    let plain_seconds = plain.as_ref().map(|plain| plain.seconds);
     let parts = parts.map(|mut parts| {
         let known: f64 = parts.iter().map(|(_, seconds)| seconds).sum();
         parts.push(("jitter, flip, Adam, clipping, and the rest", step - known));
@@ -180,9 +198,11 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
     let (images, fraction) = (args.batch as f64 / step, operations / step / peak);
     if args.json {
         let report = serde_json::json!({
-            "step_seconds": step, "bare_seconds": bare, "pytorch_seconds": plain, "batch": args.batch,
+            "step_seconds": step, "bare_seconds": bare, "pytorch_seconds": plain_seconds, "batch": args.batch,
             "steps": args.steps, "competes": competes, "precision": args.precision, "images_per_second": images,
-            "ratio_to_bare": step / bare, "ratio_to_pytorch": plain.map(|plain| step / plain),
+            "ratio_to_bare": step / bare, "ratio_to_pytorch": plain_seconds.map(|plain| step / plain),
+            "loss_error": plain.as_ref().map(|plain| plain.loss_error),
+            "gradient_error": plain.as_ref().map(|plain| plain.gradient_error),
             "matmul_peak_flops": peak, "fraction_of_peak": fraction, "peak_memory_bytes": peak_memory,
             "profile": parts.map(|parts| parts.into_iter().collect::<BTreeMap<_, _>>()),
         });
@@ -191,8 +211,11 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
     }
     say!("one step                                    {step:.4} s (median of {})", args.steps);
     say!("bare forward and backward of the networks   {bare:.4} s (a step is {:.2} of it)", step / bare);
-    if let Some(plain) = plain {
-        say!("plain step by libtorch's autograd, f32      {plain:.4} s (a step is {:.2} of it)", step / plain);
+    if let Some(Plain { seconds, loss_error, gradient_error }) = plain {
+        say!("plain step by libtorch's autograd, f32      {seconds:.4} s (a step is {:.2} of it)", step / seconds);
+        say!(
+            "relative difference of the loss from its    {loss_error:.1e}, of the image gradient {gradient_error:.1e}"
+        );
     }
     say!("images a second and step                    {images:.0}");
     say!("matrix-multiply peak                        {:.1} GFLOP/s (a step uses {:.2} of it)", peak / 1e9, fraction);

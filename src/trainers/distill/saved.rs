@@ -41,10 +41,10 @@ impl Saved {
         State { step, consumed, blockwise, ..State::default() }
     }
 
-    /// Wall time before the first step; None where none was made.
+    /// Wall time before the first step; None where none was made. An older file does not tell it.
     pub fn waited(&self) -> Option<Duration> {
-        let seconds: f64 = self.checkpoint.metadata().get("waited_seconds")?.parse().ok()?;
-        Duration::try_from_secs_f64(seconds).ok()
+        let Some(seconds) = self.checkpoint.metadata().get("waited_seconds") else { return Some(Duration::ZERO) };
+        Duration::try_from_secs_f64(seconds.parse().ok()?).ok()
     }
 
     /// Wall time so far.

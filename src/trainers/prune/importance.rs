@@ -171,6 +171,7 @@ mod tests {
     /// dL/dg of a gate behind the batch norm is what the loss does when its scale and shift grow together.
     #[test]
     fn importance_is_the_squared_gradient_of_a_gate() {
+        let _alone = crate::testing::drawing_alone();
         tch::manual_seed(2);
         let spec = NetworkSpec::fresh("resnet8", 1, 3).unwrap();
         let network = TrainableNetwork::fresh(&spec, Device::Cpu);
@@ -206,6 +207,7 @@ mod tests {
 
     #[test]
     fn the_least_important_go_first_and_no_place_is_emptied() {
+        let _alone = crate::testing::drawing_alone();
         let spec = NetworkSpec::fresh("resnet8", 1, 3).unwrap();
         let mut importance = Importance::new(&spec);
         importance.sums = (0..importance.units.len()).map(|index| index as f64).collect();
