@@ -122,10 +122,8 @@ def main() -> None:
         try:
             with loop.Daemon(args.teacher, out, serve_flags(tier, args), fresh=False) as daemon:
                 rates[tier] = rate(daemon)
-        except (
-            loop.RunError,
-            OSError,
-        ) as error:  # the accuracies of this tier and those to come are worth more
+        except (loop.RunError, OSError) as error:
+            # The accuracies of this tier, and the tiers to come, are worth more than its rate.
             print(f"{tier}: {error}", file=sys.stderr)
         rates_report.write_text(json.dumps(rates, indent=1) + "\n")
     minutes = sorted({at["minutes"] for tier in results.values() for at in tier})

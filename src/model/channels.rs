@@ -162,7 +162,6 @@ mod tests {
 
     #[test]
     fn every_channel_is_in_exactly_one_unit() {
-        let _alone = crate::testing::drawing_alone();
         for arch in ["resnet20", "resnet20-projection", "resnet18"] {
             let spec = NetworkSpec::fresh(arch, 3, 10).unwrap();
             let mut seen: Vec<Channel> = units(&spec).iter().flat_map(Unit::channels).collect();
@@ -179,7 +178,6 @@ mod tests {
 
     #[test]
     fn padded_channels_stay_in_the_middle() {
-        let _alone = crate::testing::drawing_alone();
         let spec = NetworkSpec::fresh("resnet20", 3, 10).unwrap();
         let all = units(&spec);
         // Any units, in any number: what a later stage adds is split in halves, the larger one behind.
@@ -205,7 +203,6 @@ mod tests {
 
     #[test]
     fn a_smaller_network_is_told_from_its_tensors() {
-        let _alone = crate::testing::drawing_alone();
         let spec = NetworkSpec::fresh("resnet20", 3, 10).unwrap();
         let smaller = remove(&spec, &units(&spec)[..5]);
         assert_eq!(smaller.blocks[0].mid_width, 11);

@@ -66,6 +66,8 @@ struct Unit {
     folded: bool,
     running_mean: Tensor,
     running_var: Tensor,
+    /// `[C]` each, never read: see [`Self::forward`].
+    unused: [Tensor; 2],
 }
 
 /// What the backward pass needs of a unit's forward pass.
@@ -95,6 +97,7 @@ impl Unit {
             scale,
             shift,
             folded,
+            unused: [running_mean.zeros_like(), running_var.zeros_like()],
             running_mean,
             running_var,
         }
@@ -108,8 +111,8 @@ impl Unit {
         let tapped = tap.map(|statistics| {
             // Given running statistics in f32, which momentum 0 leaves alone, the result is in f32, too; without, on the CPU
             // it is rounded to the map's own kind.
-            let (unused, unused_too) = (&self.running_mean.zeros_like(), &self.running_var.zeros_like());
-            let (mean, var) = conv.batch_norm_update_stats(Some(unused), Some(unused_too), 0.0);
+            let [mean, var] = &self.unused;
+            let (mean, var) = conv.batch_norm_update_stats(Some(mean), Some(var), 0.0);
             let (mean, var) = (mean.to_kind(self.scale.kind()), var.to_kind(self.scale.kind()));
             let (input_mean, input_var) = if self.folded {
                 ((&mean - &self.shift) / &self.scale, &var / self.scale.square())

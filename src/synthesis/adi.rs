@@ -168,7 +168,6 @@ mod tests {
 
     #[test]
     fn schedules_start_and_end_where_they_should() {
-        let _alone = crate::testing::drawing_alone();
         assert_eq!(schedule_factor(Schedule::Constant, 1999, 2000), 1.0);
         assert_eq!(schedule_factor(Schedule::Cosine, 0, 2000), 1.0);
         assert!(schedule_factor(Schedule::Cosine, 1999, 2000) < 1e-5);

@@ -159,6 +159,44 @@ impl Gradients {
     }
 }
 
+/// What [`terms`] gives: a term's name, its weight, its value.
+pub type Term = (&'static str, f64, Tensor);
+
+/// The terms of one step's loss, those of the prior only where they count; arguments as in [`evaluate`].
+pub fn terms(
+    settings: &Settings,
+    images: &Tensor,
+    targets: &Tensor,
+    teacher_logits: &Tensor,
+    statistics: &[BatchStatistics],
+    student_logits: Option<&Tensor>,
+) -> Vec<Term> {
+    let scale = batch_scale(images.size()[0] as usize);
+    let mut terms = vec![("cross_entropy", settings.cross_entropy_weight, cross_entropy(teacher_logits, targets))];
+    if settings.tv_l1_weight > 0.0 {
+        terms.push(("tv_l1", settings.tv_l1_weight, tv_l1(images)));
+    }
+    if settings.tv_l2_weight > 0.0 {
+        terms.push(("tv_l2", settings.tv_l2_weight, tv_l2(images) * scale));
+    }
+    if settings.l2_weight > 0.0 {
+        terms.push(("l2", settings.l2_weight, l2(images) * scale));
+    }
+    if let Some(value) = r_feature(statistics, settings.first_bn_multiplier) {
+        terms.push(("r_feature", settings.r_feature_weight, value));
+    }
+    if let Some(student) = student_logits {
+        let value = r_compete(teacher_logits, student, settings.compete_temperature, settings.compete_form);
+        terms.push(("compete", settings.compete_weight, value));
+    }
+    terms
+}
+
+/// The weighted sum of [`terms`], a scalar; None of no terms.
+pub fn total(terms: &[Term]) -> Option<Tensor> {
+    sum(terms.iter().map(|(_, weight, value)| value * *weight))
+}
+
 /// The weighted loss of one step: images as the networks saw them, the teacher's logits, its statistics, and the
 /// student's logits where there is one.
 pub fn evaluate(
@@ -171,26 +209,7 @@ pub fn evaluate(
 ) -> Gradients {
     // Small graphs over leaves of their own; the networks carry these gradients on to the images by hand.
     let leaf = |t: &Tensor| t.detach().set_requires_grad(true);
-    let scale = batch_scale(images.size()[0] as usize);
     let teacher_logits = leaf(teacher_logits);
-    let mut terms: Vec<(&'static str, f64, Tensor)> =
-        vec![("cross_entropy", settings.cross_entropy_weight, cross_entropy(&teacher_logits, targets))];
-
-    let prior = settings.tv_l1_weight > 0.0 || settings.tv_l2_weight > 0.0 || settings.l2_weight > 0.0;
-    let images = prior.then(|| leaf(images));
-    if let Some(x) = &images {
-        for (name, weight, term) in [
-            ("tv_l1", settings.tv_l1_weight, tv_l1 as fn(&Tensor) -> Tensor),
-            ("tv_l2", settings.tv_l2_weight, |x| tv_l2(x)),
-            ("l2", settings.l2_weight, |x| l2(x)),
-        ] {
-            if weight > 0.0 {
-                let value = term(x);
-                terms.push((name, weight, if name == "tv_l1" { value } else { value * scale }));
-            }
-        }
-    }
-
     let statistics: Vec<BatchStatistics> = statistics
         .iter()
         .map(|s| BatchStatistics {
@@ -200,27 +219,22 @@ pub fn evaluate(
             running_var: s.running_var.shallow_clone(),
         })
         .collect();
-    if let Some(value) = r_feature(&statistics, settings.first_bn_multiplier) {
-        terms.push(("r_feature", settings.r_feature_weight, value));
-    }
-
     let student_logits = student_logits.map(leaf);
-    if let Some(student) = &student_logits {
-        let value = r_compete(&teacher_logits, student, settings.compete_temperature, settings.compete_form);
-        terms.push(("compete", settings.compete_weight, value));
-    }
+    let prior = settings.tv_l1_weight > 0.0 || settings.tv_l2_weight > 0.0 || settings.l2_weight > 0.0;
+    let prior_images = prior.then(|| leaf(images));
 
-    let weighted = terms.iter().map(|(_, weight, value)| value * *weight);
-    let total = sum(weighted).unwrap_or_else(|| teacher_logits.sum(None) * 0.0);
+    let images = prior_images.as_ref().unwrap_or(images);
+    let terms = terms(settings, images, targets, &teacher_logits, &statistics, student_logits.as_ref());
+    let total = total(&terms).unwrap_or_else(|| teacher_logits.sum(None) * 0.0);
     let mut leaves: Vec<&Tensor> = vec![&teacher_logits];
-    leaves.extend(&images);
+    leaves.extend(&prior_images);
     leaves.extend(&student_logits);
     leaves.extend(statistics.iter().flat_map(|s| [&s.mean, &s.var]));
     let mut gradients = Tensor::run_backward(&[&total], &leaves, false, false).into_iter();
 
     let mut next = || gradients.next().unwrap_or_default();
     let teacher_gradient = next();
-    let images = images.map(|_| next());
+    let images = prior_images.as_ref().map(|_| next());
     let student_logits = student_logits.map(|_| next());
     let statistics = statistics.iter().map(|_| StatisticsGradient { mean: next(), var: next() }).collect();
     let terms = terms.into_iter().map(|(name, _, value)| (name, value.detach())).collect();

@@ -10,7 +10,7 @@ use crate::model::network::{BN_EPSILON, BatchStatistics, to_device};
 use crate::model::spec::NetworkSpec;
 use crate::model::trainable::features;
 use crate::synthesis::adam::Adam;
-use crate::synthesis::objective::{batch_scale, cross_entropy, l2, r_compete, r_feature, tv_l1, tv_l2};
+use crate::synthesis::objective;
 use crate::synthesis::settings::Settings;
 
 /// A network in evaluation mode whose parameters ask for gradients that nobody uses, as PyTorch's do.
@@ -81,28 +81,13 @@ impl PlainStep {
     /// Every term, weighted.
     fn loss(&mut self, x: &Tensor) -> Tensor {
         self.teacher.zero_grad();
-        let s = &self.settings;
-        let scale = batch_scale(x.size()[0] as usize);
         let (logits, statistics) = self.teacher.forward(x);
-        let mut loss = cross_entropy(&logits, &self.targets) * s.cross_entropy_weight;
-        for (weight, term) in [
-            (s.tv_l1_weight, tv_l1 as fn(&Tensor) -> Tensor),
-            (s.tv_l2_weight * scale, tv_l2),
-            (s.l2_weight * scale, l2),
-        ] {
-            if weight > 0.0 {
-                loss += term(x) * weight;
-            }
-        }
-        if let Some(distance) = r_feature(&statistics, s.first_bn_multiplier) {
-            loss += distance * s.r_feature_weight;
-        }
-        if let Some(student) = &mut self.student {
+        let seen = self.student.as_mut().map(|student| {
             student.zero_grad();
-            let seen = student.forward(x).0;
-            loss += r_compete(&logits, &seen, s.compete_temperature, s.compete_form) * s.compete_weight;
-        }
-        loss
+            student.forward(x).0
+        });
+        let terms = objective::terms(&self.settings, x, &self.targets, &logits, &statistics, seen.as_ref());
+        objective::total(&terms).unwrap_or_else(|| logits.sum(None) * 0.0)
     }
 
     /// The loss of images `[N, C, H, W]`, and its gradient.

@@ -90,7 +90,6 @@ fn samples_are_new_images_and_teach_the_generator_nothing() {
 
 #[test]
 fn each_target_gets_the_image_that_suits_it() {
-    let _alone = crate::testing::drawing_alone();
     // Image 0 is class 1, image 1 class 0; image 2 is class 1 too, but less so, and must take what is left.
     let logits = Tensor::from_slice(&[0f32, 9.0, 9.0, 0.0, 0.0, 3.0]).view([3, 2]);
     let chosen = assignment(&logits, &Tensor::from_slice(&[1i64, 0, 0]));

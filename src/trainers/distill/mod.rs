@@ -160,10 +160,8 @@ impl<'a> Training<'a> {
             Ok(hints)
         };
         // A student that has learned to be a network must not learn blocks again, whatever the new budget.
-        state.blockwise &= options.blockwise > 0.0;
-        if saved.is_none() {
-            state.blockwise = options.blockwise > 0.0 && fetched.is_none();
-        }
+        let learns_blocks = if saved.is_some() { state.blockwise } else { fetched.is_none() };
+        state.blockwise = learns_blocks && options.blockwise > 0.0;
         let hinted = options.hint_weight > 0.0 || options.blockwise > 0.0;
         let mut average = (options.ema > 0.0).then(|| Average::new(options.ema, &student));
         if let (Some(average), Some(saved)) = (&mut average, &saved) {
@@ -288,9 +286,7 @@ impl<'a> Training<'a> {
     }
 
     fn step(&mut self) -> anyhow::Result<()> {
-        if self.waited.is_none() {
-            self.waited = Some(self.elapsed());
-        }
+        self.waited = self.waited.or_else(|| Some(self.elapsed()));
         self.state.blockwise &= self.trained() < self.options.blockwise;
         let drawn = self.buffer.draw(self.options.batch_size, &mut self.rng);
         let images = self.options.augmentation.apply(&drawn.images, &mut self.rng);

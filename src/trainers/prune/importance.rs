@@ -207,7 +207,6 @@ mod tests {
 
     #[test]
     fn the_least_important_go_first_and_no_place_is_emptied() {
-        let _alone = crate::testing::drawing_alone();
         let spec = NetworkSpec::fresh("resnet8", 1, 3).unwrap();
         let mut importance = Importance::new(&spec);
         importance.sums = (0..importance.units.len()).map(|index| index as f64).collect();
