@@ -1,8 +1,5 @@
 //! Writers are killed with SIGKILL at random moments, again and again; nothing that was acknowledged may be missing,
 //! doubled or damaged afterwards. `DREAMFEED_TEST_SEED` repeats the random choices of a run (not its timing).
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
-
-mod support;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::OpenOptions;
@@ -14,6 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, SystemTime};
 
+use crate::support::{ARCH, CHANNELS, CLASSES, Daemon, LONG, images, within};
 use bytes::Bytes;
 use dreamfeed::client::{Client, Start};
 use dreamfeed::delivery::{Delivery, End, Policy, Shard, Subscription};
@@ -29,7 +27,6 @@ use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use support::{ARCH, CHANNELS, CLASSES, Daemon, LONG, images, within};
 
 const GEOMETRY: Geometry = Geometry { channels: 1, height: 2, width: 4 };
 const LOGITS: usize = 3;
@@ -89,8 +86,8 @@ impl Made {
     }
 
     /// A student that is told from every other by its metadata.
-    fn student(self, tensors: &support::Tensors) -> Bytes {
-        support::file(tensors, &[("made", &format!("{}/{}", self.writer, self.turn))])
+    fn student(self, tensors: &crate::support::Tensors) -> Bytes {
+        crate::support::file(tensors, &[("made", &format!("{}/{}", self.writer, self.turn))])
     }
 }
 
@@ -129,8 +126,8 @@ async fn push(students: &Arc<StudentStore>, file: &Bytes, step: u64) -> Accepted
     push.finish().await.unwrap()
 }
 
-fn tensors() -> support::Tensors {
-    support::network(ARCH, CHANNELS, CLASSES, 5)
+fn tensors() -> crate::support::Tensors {
+    crate::support::network(ARCH, CHANNELS, CLASSES, 5)
 }
 
 /// The process that the tests kill.
@@ -195,7 +192,7 @@ impl Writer {
     /// Starts the process, which takes a while (libtorch is linked to it) and writes nothing yet.
     fn prepare(job: Job) -> Self {
         let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", "writer", "--ignored", "--nocapture", "--test-threads", "1"]);
+        command.args(["--exact", "crash::writer", "--ignored", "--nocapture", "--test-threads", "1"]);
         command.env(JOB, serde_json::to_string(&job).unwrap());
         command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
@@ -277,7 +274,7 @@ struct Model {
     ranks: Vec<Rank>,
     evicted: u64,
     log_id: Option<uuid::Uuid>,
-    tensors: support::Tensors,
+    tensors: crate::support::Tensors,
 }
 
 impl Model {
@@ -642,7 +639,7 @@ fn retention_is_killed_in_its_tracks_and_takes_only_what_it_may() {
 async fn a_killed_daemon_goes_on_where_it_was() {
     let mut random = StdRng::seed_from_u64(seed());
     let folder = tempfile::tempdir().unwrap();
-    let teacher = support::write_teacher(folder.path());
+    let teacher = crate::support::write_teacher(folder.path());
     let store = folder.path().join("store");
     let arguments = ["--store", store.to_str().unwrap(), "--teacher", teacher.to_str().unwrap(), "--batch-size", "5"];
     let tensors = Arc::new(tensors());
@@ -694,7 +691,7 @@ async fn a_killed_daemon_goes_on_where_it_was() {
 }
 
 /// Pushes students until the daemon is gone; keeps the newest version that was acknowledged.
-async fn push_on(client: Client, tensors: Arc<support::Tensors>, from: u64, newest: Arc<AtomicU64>) {
+async fn push_on(client: Client, tensors: Arc<crate::support::Tensors>, from: u64, newest: Arc<AtomicU64>) {
     for turn in from.. {
         let file = Made { writer: 0, turn }.student(&tensors);
         match within(client.push_student(ARCH, file, turn, None)).await {

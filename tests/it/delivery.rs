@@ -1,10 +1,8 @@
 //! Describe and Stream over real sockets.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
-
-mod support;
 
 use std::time::Duration;
 
+use crate::support::{Daemon, assert_consecutive, images, take, within};
 use bytes::Bytes;
 use dreamfeed::client::{ClientError, Start};
 use dreamfeed::log::FORMAT;
@@ -12,7 +10,6 @@ use dreamfeed::model::checkpoint::hex;
 use dreamfeed::proto;
 use futures_util::StreamExt;
 use sha2::{Digest, Sha256};
-use support::{Daemon, assert_consecutive, images, take, within};
 use tonic::Code;
 
 /// 160 images in 20 chunks, and no more.

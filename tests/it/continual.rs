@@ -1,14 +1,11 @@
 //! `dreamfeed continual`, from outside: every method, tasks one after another, and mistakes.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
-
-mod support;
 
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
+use crate::support::{ARCH, CHANNELS, Daemon, file, network, write_teacher};
 use dreamfeed::model::checkpoint::Checkpoint;
 use dreamfeed::model::spec::NetworkSpec;
-use support::{ARCH, CHANNELS, Daemon, file, network, write_teacher};
 
 const PIXELS: usize = 64;
 
@@ -150,7 +147,7 @@ async fn a_daemon_that_dies_costs_nothing_that_was_learned() {
         std::fs::read_dir(own.join("store/students")).ok()?.next()?.ok()?;
         serde_json::from_slice::<serde_json::Value>(&std::fs::read(own.join("serve.ready.json")).ok()?).ok()
     };
-    support::wait_for("a push", || pushed().is_some());
+    crate::support::wait_for("a push", || pushed().is_some());
     let pid = pushed().unwrap()["pid"].to_string();
     Command::new("kill").args(["-9", &pid]).status().unwrap();
     let status = trainer.wait().unwrap();

@@ -1,8 +1,5 @@
 //! A storage that is full, closed, broken or slow under a running daemon: synthesis waits, nothing is lost, and everything
 //! goes on by itself.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
-
-mod support;
 
 use std::fs::Permissions;
 use std::io::Write;
@@ -14,11 +11,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use crate::support::s3::{Mode, Proxy, S3};
+use crate::support::{ARCH, Daemon, images, student, wait_for, within};
 use dreamfeed::client::{Client, ClientError, Pushed, Start};
 use dreamfeed::proto;
 use futures_util::StreamExt;
-use support::s3::{Mode, Proxy, S3};
-use support::{ARCH, Daemon, images, student, wait_for, within};
 use tempfile::TempDir;
 use tonic::Code;
 
@@ -238,7 +235,7 @@ async fn a_folder_that_is_closed_pauses_the_daemon_until_it_is_open_again() {
         }
     };
     let store = folder.path().join("store");
-    let teacher = support::write_teacher(folder.path());
+    let teacher = crate::support::write_teacher(folder.path());
     let arguments =
         [&ON_DEMAND[..], &["--store", store.to_str().unwrap(), "--teacher", teacher.to_str().unwrap()]].concat();
     let mut daemon = start(folder, &arguments, as_user);

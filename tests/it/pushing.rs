@@ -1,8 +1,6 @@
 //! PushStudent and FetchStudent over real sockets: what is accepted, and every way to be refused.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
-mod support;
-
+use crate::support::{ARCH, CHANNELS, CLASSES, Daemon, Tensors, file, network, student, within};
 use bytes::Bytes;
 use dreamfeed::client::{Client, ClientError, Pushed, Start};
 use dreamfeed::proto;
@@ -10,7 +8,6 @@ use dreamfeed::proto::push_student_request::Part;
 use futures_util::{StreamExt, stream};
 use safetensors::Dtype;
 use sha2::{Digest, Sha256};
-use support::{ARCH, CHANNELS, CLASSES, Daemon, Tensors, file, network, student, within};
 use tonic::Code;
 
 fn header(file: &Bytes) -> proto::PushStudentHeader {
@@ -277,7 +274,7 @@ async fn a_push_whose_client_vanished_frees_its_place() {
     // hyper reads a reset stream as one that ended: which of the two the daemon sees is for the scheduler to say.
     let ended =
         |outcome| daemon.metric(&format!("dreamfeed_pushes_total{{outcome=\"{outcome}\"}}")).unwrap_or_default();
-    support::wait_for("the outcome", || ended("cancelled") + ended("length") == 1.0);
+    crate::support::wait_for("the outcome", || ended("cancelled") + ended("length") == 1.0);
     assert_eq!(push(&client, &good).await.unwrap().version, 1);
 }
 

@@ -1,10 +1,6 @@
 //! Every loss term and its gradient with respect to the image, against an independent PyTorch computation in float64
 //! (tests/golden/make_golden.py).
 
-#![allow(clippy::unwrap_used, clippy::expect_used)]
-
-mod support;
-
 use std::path::{Path, PathBuf};
 
 use dreamfeed::model::checkpoint::Checkpoint;
@@ -177,13 +173,13 @@ fn networks_and_their_gradients_never_require_gradients() {
 
 /// A random network for `size` images, one batch norm's scale so small that it is not folded.
 fn unusual(size: [i64; 2], folder: &Path) -> Teacher {
-    let mut tensors = support::network("resnet8", 2, 3, 11);
+    let mut tensors = crate::support::network("resnet8", 2, 3, 11);
     let scale = tensors.get_mut("layer2.0.bn1.weight").unwrap();
     scale.2[..4].copy_from_slice(&1e-6f32.to_le_bytes());
     let image_size = format!("{},{}", size[0], size[1]);
     let metadata = [("arch", "resnet8"), ("mean", "0.5,0.5"), ("std", "0.25,0.2"), ("image_size", &image_size)];
     let path = folder.join("unusual.safetensors");
-    std::fs::write(&path, support::file(&tensors, &metadata)).unwrap();
+    std::fs::write(&path, crate::support::file(&tensors, &metadata)).unwrap();
     let source = NetworkSource::open(&path, &SourceOptions::default()).unwrap();
     Teacher::load(&source, Device::Cpu, Kind::Double)
 }

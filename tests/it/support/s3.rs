@@ -25,7 +25,7 @@ impl S3 {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         // It ends when its stdin does, so that it does not outlive the tests.
         let mut child = Command::new(root.join(".venv/bin/python"))
-            .arg(root.join("tests/support/s3_server.py"))
+            .arg(root.join("tests/it/support/s3_server.py"))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())

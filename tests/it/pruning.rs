@@ -1,17 +1,14 @@
 //! `dreamfeed prune`, from outside; and that a network without channels that do nothing does the same.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
-
-mod support;
 
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::{Command, Output};
 
+use crate::support::{ARCH, Daemon, file, network, write_teacher};
 use dreamfeed::model::channels::{Channel, Unit, batch_norms, units, without};
 use dreamfeed::model::checkpoint::Checkpoint;
 use dreamfeed::model::spec::NetworkSpec;
 use dreamfeed::model::trainable::TrainableNetwork;
-use support::{ARCH, Daemon, file, network, write_teacher};
 use tch::{Device, Kind, Tensor};
 
 fn prune(folder: &Path, arguments: &[&str]) -> Output {

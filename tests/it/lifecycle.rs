@@ -1,16 +1,13 @@
 //! Starting, being supervised, and ending: configuration, ports, health, admin pages, signals.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
-
-mod support;
 
 use std::process::{Output, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::support::{Daemon, LONG, serve_command, student, within};
 use dreamfeed::client::{Client, ClientError, Start, retry};
 use dreamfeed::proto;
 use dreamfeed::proto::dreamfeed_service_client::DreamfeedServiceClient;
 use futures_util::{StreamExt, stream};
-use support::{Daemon, LONG, serve_command, student, within};
 use tonic::Code;
 use tonic::transport::{Channel, Endpoint};
 use tonic_health::pb::health_client::HealthClient;
@@ -86,7 +83,7 @@ async fn stuck_stream(daemon: &Daemon) -> tonic::Streaming<proto::StreamResponse
     let request = proto::StreamRequest { start, ..Default::default() };
     let stream = DreamfeedServiceClient::new(channel).stream(request).await.unwrap().into_inner();
     let sent = || daemon.metric("dreamfeed_bytes_sent_total").unwrap_or_default();
-    support::wait_for("a full window", || sent() > f64::from(WINDOW));
+    crate::support::wait_for("a full window", || sent() > f64::from(WINDOW));
     stream
 }
 
@@ -107,7 +104,7 @@ async fn a_second_signal_exits_at_once() {
     let _stream = stuck_stream(&daemon).await;
     daemon.signal("TERM");
     // Readiness goes only after the first signal was taken; the second must not merge with it.
-    support::wait_for("the drain", || daemon.get("/readyz").0 != 200);
+    crate::support::wait_for("the drain", || daemon.get("/readyz").0 != 200);
     daemon.signal("TERM");
     let status = daemon.wait_exit();
     assert!(
@@ -183,7 +180,7 @@ async fn admin_pages_tell_how_it_goes() {
     assert_eq!(daemon.get("/readyz"), (200, "ok\n".into()));
     assert!(daemon.get("/").1.contains("/metrics"));
     assert_eq!(daemon.get("/elsewhere").0, 404);
-    within(client.push_student(support::ARCH, student(2), 0, None)).await.unwrap();
+    within(client.push_student(crate::support::ARCH, student(2), 0, None)).await.unwrap();
     daemon.wait_metric("dreamfeed_log_next_sequence", 64.0);
     daemon.wait_metric("dreamfeed_log_chunks", 8.0);
     daemon.wait_metric("dreamfeed_student_version_accepted", 1.0);
@@ -249,7 +246,7 @@ async fn a_loopback_address_is_the_default_and_beyond_it_takes_a_flag() {
     let mut command = serve_command(folder.path(), &["--listen", "0.0.0.0:0", "--admin-listen", "127.0.0.1:0"]);
     let mut child =
         command.arg("--insecure-listen").arg("--ready-file").arg(&ready).stderr(Stdio::null()).spawn().unwrap();
-    support::wait_for("the ready file", || ready.exists() || child.try_wait().unwrap().is_some());
+    crate::support::wait_for("the ready file", || ready.exists() || child.try_wait().unwrap().is_some());
     let started = child.try_wait().unwrap().is_none();
     child.kill().unwrap();
     child.wait().unwrap();

@@ -1,13 +1,10 @@
 //! The tiers of synthesis: each makes images, a running daemon switches between them, and the generator lives through a
 //! restart.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
-mod support;
-
+use crate::support::{Daemon, assert_consecutive, images, student, take, within};
 use dreamfeed::client::{Batch, BatchStream, ClientError, Start};
 use dreamfeed::proto;
 use futures_util::StreamExt;
-use support::{Daemon, assert_consecutive, images, student, take, within};
 use tonic::Code;
 
 /// Every tier in a step or two.

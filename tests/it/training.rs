@@ -1,17 +1,14 @@
 //! The loop itself, from outside: images that come to know the student, trainers that live through restarts, and the
 //! local tools.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
-
-mod support;
 
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 
-use dreamfeed::client::{Client, Start};
-use futures_util::StreamExt;
-use support::{
+use crate::support::{
     ARCH, CHANNELS, CLASSES, Daemon, file, network, serve_command, student, wait_for, within, write_teacher,
 };
+use dreamfeed::client::{Client, Start};
+use futures_util::StreamExt;
 
 const ADI: [&str; 8] = ["--synthesizer", "adi", "--preset", "digits", "--batch-size", "8", "--iterations", "4"];
 

@@ -1,17 +1,14 @@
 //! What a subscriber can ask for, over real sockets: shards, replay, staleness, sizes, pixels, classes; and what synthesis
 //! does for whom.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
-
-mod support;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use crate::support::{ARCH, Daemon, images, student, within};
 use dreamfeed::client::{Batch, BatchStream, Client, Start};
 use dreamfeed::proto::dreamfeed_service_client::DreamfeedServiceClient;
 use dreamfeed::proto::{Replay, Shard, StalenessBound, StreamRequest};
 use futures_util::StreamExt;
-use support::{ARCH, Daemon, images, student, within};
 use tonic::Code;
 use tonic::transport::Endpoint;
 

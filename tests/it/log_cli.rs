@@ -1,7 +1,4 @@
 //! `dreamfeed log` from outside: the real binary on stores that the library made, sound ones and spoiled ones.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod support;
 
 use std::collections::BTreeMap;
 use std::io::Read;
@@ -75,18 +72,19 @@ impl Store {
 
     fn push_student(&self) {
         run(async {
-            let requirements = Requirements { num_classes: support::CLASSES, in_channels: support::CHANNELS };
+            let requirements =
+                Requirements { num_classes: crate::support::CLASSES, in_channels: crate::support::CHANNELS };
             let limits = StudentLimits {
                 max_bytes: 1 << 24,
                 max_pushes: 1,
                 kept_versions: 4,
-                idle_timeout: support::LONG,
-                push_timeout: support::LONG,
+                idle_timeout: crate::support::LONG,
+                push_timeout: crate::support::LONG,
             };
             let store = StudentStore::open(self.storage(), requirements, limits).await.unwrap();
-            let file = support::student(1);
+            let file = crate::support::student(1);
             let header = PushHeader {
-                arch: support::ARCH.into(),
+                arch: crate::support::ARCH.into(),
                 byte_length: file.len() as u64,
                 sha256: Sha256::digest(&file).into(),
                 trainer_step: 1,

@@ -1,14 +1,13 @@
 //! One suite on a folder and on a server of the S3 protocol: what the log and the students are built on, and two daemons
 //! that share a store.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
-
-mod support;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use crate::support::s3::S3;
+use crate::support::{ARCH, CHANNELS, CLASSES, Daemon, LONG, assert_consecutive, images, student, take, within};
 use bytes::Bytes;
 use dreamfeed::client::{Batch, Client, ClientError, Pushed, Start};
 use dreamfeed::delivery::{Delivery, End, Policy};
@@ -21,8 +20,6 @@ use dreamfeed::synthesis::batch::DreamBatch;
 use futures_util::StreamExt;
 use futures_util::future::join_all;
 use sha2::{Digest, Sha256};
-use support::s3::S3;
-use support::{ARCH, CHANNELS, CLASSES, Daemon, LONG, assert_consecutive, images, student, take, within};
 use tonic::Code;
 
 /// Where the suite's part for libraries runs, in a process whose environment has the server's address.
@@ -70,7 +67,7 @@ fn a_bucket_keeps_what_it_promises() {
     // Credentials come from the environment, which a running process cannot safely change: another one has them.
     let place = Place::bucket();
     let status = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "library_suite_here", "--ignored", "--nocapture"])
+        .args(["--exact", "storage::library_suite_here", "--ignored", "--nocapture"])
         .envs(place.environment.iter().cloned())
         .env(LOCATION, &place.location)
         .status()
