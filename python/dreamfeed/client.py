@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from dreamfeed._channel import Endpoint, Tls
 from dreamfeed._proto import dreamfeed_pb2 as pb
 from dreamfeed._proto import dreamfeed_pb2_grpc as pb_grpc
+from dreamfeed._state import bare
 from dreamfeed.errors import DreamfeedError, ProtocolError, translate
 
 #: What :meth:`Client.push_student` takes: a module or its state_dict.
 Weights = nn.Module | Mapping[str, Tensor]
 _PIECE = 2 << 20
-_WRAPPERS = ("module.", "_orig_mod.")
 
 
 @dataclass(frozen=True)
@@ -294,15 +294,19 @@ class Snapshot:
 
     @classmethod
     def take(cls, model: Weights) -> "Snapshot":
-        """The weights as they are after what was launched so far; does not wait for the GPU."""
+        """The weights as they are after what was launched so far; does not wait for the GPU.
+
+        Raises:
+            ValueError: the weights are sharded or parametrized; the message says what to give instead.
+            TypeError: something in the state_dict is not a tensor.
+        """
         state = model.state_dict() if isinstance(model, nn.Module) else model
-        tensors: dict[str, Tensor] = {}
         for name, tensor in state.items():
             if not isinstance(tensor, Tensor):
                 kind = type(tensor).__name__
                 raise TypeError(f"{name!r} in the state_dict is a {kind}, not a tensor; leave it out")
-            while name.startswith(_WRAPPERS):
-                name = name[name.index(".") + 1 :]
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in bare(state).tensors.items():
             cuda = tensor.device.type == "cuda"
             copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=cuda)
             tensors[name] = copy.copy_(tensor.detach(), non_blocking=cuda)

@@ -3,30 +3,37 @@
     python -m dreamfeed.convert model.pth resnet20.safetensors --arch resnet20 \\
         --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 --image-size 32,32 --class-names airplane,automobile,...
 
-Checkpoints are read with ``torch.load(weights_only=True)``: no code in them is ever run.
+Checkpoints are read with ``torch.load(weights_only=True)``: no code in them is ever run. Beside tensors and
+plain values the inert types are allowed that training scripts keep there: ``argparse.Namespace``, numbers and arrays of
+numpy, paths.
 """
 
 import argparse
 import json
 import math
+import pathlib
 import pickle
+import re
 import sys
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dreamfeed._files import metadata, replacing
+from dreamfeed._state import StateError, bare
 
 #: Keys under which training scripts keep the weights.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params")
-#: What DataParallel, torch.compile and Lightning put before names.
-PREFIXES = ("module.", "_orig_mod.")
+#: Two state_dicts of which the smaller shares this part of its names with the other are the same network twice.
+_SAME_NETWORK = 0.5
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -44,10 +51,12 @@ class Converted:
     metadata: dict[str, str]
     #: The keys under which the weights lay in the checkpoint, from outside in.
     unwrapped: tuple[str, ...]
-    #: The prefixes taken off every name.
+    #: What was taken off names: prefixes of every name, and the parts that wrappers put in anywhere.
     stripped: tuple[str, ...]
     #: What else the checkpoint held beside the weights, and was left out: for example the optimizer.
     left_out: tuple[str, ...]
+    #: The name of the head in the checkpoint, where the architecture has another.
+    head: str | None = None
 
 
 def convert(
@@ -65,8 +74,8 @@ def convert(
 ) -> Converted:
     """Writes the weights of a checkpoint, and what the daemon has to know of them, to a safetensors file.
 
-    Every tensor of the state_dict is in the file, contiguous and under its name but for common prefixes; nothing is
-    dropped but what :attr:`Converted.left_out` names.
+    Every tensor of the state_dict is in the file, contiguous and under the name that it has in the bare network;
+    nothing is dropped but what :attr:`Converted.left_out` names. Masks of torch.nn.utils.prune are multiplied in.
 
     Args:
         source: a file of torch.save, with a state_dict or one wrapped in a dict; or a safetensors file.
@@ -75,8 +84,10 @@ def convert(
         mean, std: one number a channel, in units of pixel / 255.
         image_size: (height, width).
         class_names: one a class, in order; empty where they are not known.
-        key: where the weights lie in the checkpoint, with dots between nested keys, where that is ambiguous.
-        prefix: taken off every name, for example ``"student."``; beside ``module.`` and ``_orig_mod.``.
+        key: where the weights lie in the checkpoint, with dots between nested keys, where that is ambiguous: for
+            example the moving average beside the weights that it is of.
+        prefix: of the network that is wanted where the state_dict holds several, for example ``"student."``; it is
+            taken off, and the tensors of the others are left out.
         dtype: ``"keep"``, or what floating tensors are converted to.
 
     Raises:
@@ -89,13 +100,14 @@ def convert(
     described = metadata(arch, mean, std, image_size, class_names)
     checkpoint = _load(source)
     state, unwrapped, left_out = _unwrap(source, checkpoint, key)
-    state, stripped = _strip(source, state, prefix)
-    tensors = {name: _plain(source, name, value, dtype) for name, value in state.items()}
+    tensors, stripped, more = _bare(source, state, prefix)
+    head = _rename_head(tensors)
+    tensors = {name: _plain(source, name, value, dtype) for name, value in tensors.items()}
     _check(source, tensors, len(mean), class_names)
     with replacing(target) as partial:
         save_file(tensors, partial, metadata=described)
     written = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    return Converted(target, written, described, unwrapped, stripped, left_out)
+    return Converted(target, written, described, unwrapped, stripped, left_out + more, head)
 
 
 def _check_metadata(
@@ -127,24 +139,81 @@ def _load(source: Path) -> object:
         except SafetensorError as error:
             raise ConvertError(f"{source} is not a safetensors file: {error}") from error
     try:
-        return torch.load(source, map_location="cpu", weights_only=True)
+        # Of an archive of TorchScript torch warns before it refuses.
+        with torch.serialization.safe_globals(list(_inert())), warnings.catch_warnings(action="ignore"):
+            return torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        first = str(error).partition("\n")[0]
-        raise ConvertError(
-            f"{source} holds more than tensors and plain values, and code in it is not run ({first}). "
-            "Where you trust it, load it in the program that made it and save model.state_dict()"
-        ) from error
+        raise ConvertError(f"{source} {_refused(error)}") from error
     except Exception as error:  # the unpickler meets what is no pickle with whatever it stumbles over
+        if "TorchScript" in str(error):
+            raise ConvertError(f"{source} {_TORCHSCRIPT}") from error
         raise ConvertError(f"{source} is not a file of torch.save: {error}") from error
 
 
+_TORCHSCRIPT = (
+    "is a TorchScript archive, which is a program, and programs are not run; "
+    "save the state_dict() of the module that it was made from"
+)
+
+
+def _inert() -> Iterator[Any]:
+    """Types that hold values and run nothing when they are read."""
+    yield from (argparse.Namespace, pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath)
+    multiarray = np._core.multiarray
+    yield from (multiarray.scalar, multiarray._reconstruct, np.ndarray, np.dtype)
+    # As older versions of numpy wrote them.
+    yield from ((multiarray.scalar, "numpy.core.multiarray.scalar"),)
+    yield from ((multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),)
+    for code in "?bBhHiIlLqQefdUS":
+        yield type(np.dtype(code))
+
+
+def _refused(error: pickle.UnpicklingError) -> str:
+    text = str(error)
+    if "TorchScript" in text:
+        return _TORCHSCRIPT
+    found = re.search(r"GLOBAL ([\w.]+)", text)
+    what = f" ({found[1]})" if found else f" ({text.partition(chr(10))[0]})"
+    return (
+        f"holds more than tensors and plain values{what}, and code in it is not run. "
+        "Where you trust it, load it in the program that made it and save model.state_dict()"
+    )
+
+
 def _is_state(value: object) -> bool:
-    return isinstance(value, Mapping) and any(isinstance(item, Tensor) for item in value.values())
+    """Whether weights lie here themselves: tensors, and no mapping that holds weights of its own beside them."""
+    return (
+        isinstance(value, Mapping)
+        and any(isinstance(item, Tensor) for item in value.values())
+        and not any(_holds_state(item) for item in value.values())
+    )
+
+
+def _holds_state(value: object) -> bool:
+    """Whether a state_dict lies here or below."""
+    if not isinstance(value, Mapping):
+        return False
+    return any(isinstance(item, Tensor) for item in value.values()) or any(map(_holds_state, value.values()))
+
+
+def _states(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """Every state_dict in a checkpoint, and the key that leads to it."""
+    if _is_state(value):
+        assert isinstance(value, Mapping)
+        yield ".".join(path), value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _states(item, (*path, str(name)))
+
+
+def _names(state: Mapping[Any, Any]) -> set[str]:
+    """The names of a state_dict as far as wrappers do not change them."""
+    return {str(name).rpartition("module.")[2] for name, item in state.items() if isinstance(item, Tensor)}
 
 
 def _unwrap(
     source: Path, checkpoint: object, key: str | None
-) -> tuple[Mapping[str, object], tuple[str, ...], tuple[str, ...]]:
+) -> tuple[Mapping[Any, Any], tuple[str, ...], tuple[str, ...]]:
     """The state_dict, the keys that led to it, and the other keys on the way."""
     value = checkpoint
     path: list[str] = []
@@ -163,10 +232,8 @@ def _unwrap(
             raise ConvertError(f"{source} has no key {key!r}; at {name!r} it holds {held}")
         enter(name)
     while key is None and isinstance(value, Mapping) and not _is_state(value):
-        inside = [str(name) for name, item in value.items() if isinstance(item, Mapping)]
-        found = [name for name in WRAPPERS if name in inside and _holds_state(value[name])]
-        if not found:
-            found = [name for name in inside if _is_state(value[name])]
+        inside = [str(name) for name, item in value.items() if _holds_state(item)]
+        found = [name for name in WRAPPERS if name in inside] or inside
         if len(found) != 1:
             break
         enter(found[0])
@@ -175,37 +242,75 @@ def _unwrap(
         raise ConvertError(
             f"{source} has no one state_dict; it holds {held}: say with key (--key) where the weights lie"
         )
+    if key is None:
+        own, names = ".".join(path), _names(value)
+        twins = [
+            other
+            for other, state in _states(checkpoint)
+            if other != own
+            and len(names & _names(state)) >= _SAME_NETWORK * min(len(names), len(_names(state)))
+        ]
+        if twins:
+            keys = ", ".join([own, *twins])
+            raise ConvertError(
+                f"{source} holds the same network more than once ({keys}), for example a moving average beside "
+                "the weights that it is of: say with key (--key) which one is meant"
+            )
     return value, tuple(path), tuple(left_out)
 
 
-def _holds_state(value: object) -> bool:
-    return _is_state(value) or (
-        isinstance(value, Mapping) and any(_holds_state(value.get(name)) for name in WRAPPERS)
-    )
+def _bare(
+    source: Path, state: Mapping[Any, Any], prefix: str | None
+) -> tuple[dict[str, Tensor], tuple[str, ...], tuple[str, ...]]:
+    """The tensors under the names of the bare network, what was taken off names, and what was left out."""
+    left_out = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
+    tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    try:
+        found = bare(tensors)
+    except StateError as error:
+        raise ConvertError(f"{source}: {error}") from error
+    named, stripped = found.tensors, list(found.stripped)
+    left_out += found.left_out
+    if prefix:
+        others = [name for name in named if not name.startswith(prefix)]
+        if len(others) == len(named):
+            raise ConvertError(
+                f"{source}: no tensor has the prefix {prefix!r}; there are {_sample(_beginnings(named))}"
+            )
+        named = {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
+        stripped.append(prefix)
+        left_out += others
+    # A network inside of another module, as in Lightning: all names begin with the attribute that holds it.
+    while len(beginnings := _beginnings(named)) == 1 and any(name.count(".") > 1 for name in named):
+        if not all("." in name for name in named):
+            break
+        stripped.append(f"{beginnings[0]}.")
+        named = {name.partition(".")[2]: value for name, value in named.items()}
+    return named, tuple(stripped), tuple(left_out)
 
 
-def _strip(
-    source: Path, state: Mapping[str, object], prefix: str | None
-) -> tuple[Mapping[str, object], tuple[str, ...]]:
-    stripped: list[str] = []
-    prefixes = [*PREFIXES, prefix] if prefix else list(PREFIXES)
-    while found := [p for p in prefixes if all(str(name).startswith(p) for name in state)]:
-        stripped.append(found[0])
-        state = {str(name).removeprefix(found[0]): value for name, value in state.items()}
-    if prefix and prefix not in stripped:
-        others = [str(name) for name in state if not str(name).startswith(prefix)]
-        raise ConvertError(
-            f"{source}: not every tensor has the prefix {prefix!r}, for example {others[0]!r} has not"
-        )
-    return state, tuple(stripped)
+def _beginnings(named: Mapping[str, Tensor]) -> list[str]:
+    return list(dict.fromkeys(name.partition(".")[0] for name in named))
 
 
-def _plain(source: Path, name: str, value: object, dtype: str) -> Tensor:
-    if not isinstance(value, Tensor):
-        kind = type(value).__name__
-        raise ConvertError(
-            f"{source}: {name!r} among the weights is a {kind}; a safetensors file holds only tensors"
-        )
+def _sample(names: Sequence[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _rename_head(tensors: dict[str, Tensor]) -> str | None:
+    """Gives the head of a residual network the name that the daemon's architectures have for it; its name before."""
+    if "linear.weight" in tensors or "fc.weight" in tensors:
+        return None
+    matrices = [name.removesuffix(".weight") for name, tensor in tensors.items() if tensor.ndim == 2]
+    if "conv1.weight" not in tensors or len(matrices) != 1 or f"{matrices[0]}.weight" not in tensors:
+        return None
+    for part in ("weight", "bias"):
+        if f"{matrices[0]}.{part}" in tensors:
+            tensors[f"linear.{part}"] = tensors.pop(f"{matrices[0]}.{part}")
+    return matrices[0]
+
+
+def _plain(source: Path, name: str, value: Tensor, dtype: str) -> Tensor:
     if value.layout is not torch.strided or value.is_quantized:
         raise ConvertError(f"{source}: {name!r} is sparse or quantized; save it dense and in floating point")
     if dtype != "keep" and value.is_floating_point():
@@ -239,7 +344,7 @@ def _size(text: str) -> tuple[int, int]:
     return height, width
 
 
-def _names(text: str) -> list[str]:
+def _class_names(text: str) -> list[str]:
     names = json.loads(text) if text.lstrip().startswith("[") else [name.strip() for name in text.split(",")]
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise ValueError(text)
@@ -263,10 +368,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--image-size", type=_size, default=(32, 32), metavar="H,W", help="default: 32,32")
     parser.add_argument(
-        "--class-names", type=_names, default=(), metavar="LIST", help="a,b,c or a JSON array"
+        "--class-names", type=_class_names, default=(), metavar="LIST", help="a,b,c or a JSON array"
     )
     parser.add_argument("--key", help="where in the checkpoint the weights lie, where that is ambiguous")
-    parser.add_argument("--prefix", help="taken off every tensor's name, for example student.")
+    parser.add_argument("--prefix", help="of the network that is wanted, where there are several: student.")
     parser.add_argument("--dtype", choices=("keep", *_DTYPES), default="keep", help="of floating tensors")
     options = vars(parser.parse_args(arguments))
     try:
@@ -278,9 +383,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if done.unwrapped:
         sys.stdout.write(f"found under {'.'.join(done.unwrapped)}\n")
     if done.stripped:
-        sys.stdout.write(f"without the prefix {''.join(done.stripped)}\n")
+        sys.stdout.write(f"names without {', '.join(done.stripped)}\n")
+    if done.head:
+        sys.stdout.write(f"the head {done.head} is now called linear\n")
     if done.left_out:
-        sys.stdout.write(f"left out: {', '.join(done.left_out)}\n")
+        sys.stdout.write(f"left out: {_sample(done.left_out)}\n")
     return 0
 
 

@@ -1,5 +1,6 @@
 """`dreamfeed.Client` and `dreamfeed.StudentPusher`: students, TLS, tokens, and what a scripted daemon answers."""
 
+import copy
 import ipaddress
 import pickle
 import threading
@@ -25,6 +26,8 @@ from dreamfeed import Client, DreamStream, StudentPusher, StudentPushWarning, Tl
 from dreamfeed._proto import dreamfeed_pb2 as pb
 from dreamfeed._proto import dreamfeed_pb2_grpc as pb_grpc
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.optim.swa_utils import AveragedModel
 
 SECONDS = 60
 
@@ -72,6 +75,43 @@ def test_a_student_comes_back_as_it_was_pushed(client: Client) -> None:
     assert equal(client.fetch_student(1)[0], network.state_dict())
     restored = cifar_resnet.ResNet("resnet8", CHANNELS, CLASSES)
     restored.load_state_dict(client.fetch_student()[0])
+
+
+def averaged(network: nn.Module) -> nn.Module:
+    average = AveragedModel(network, use_buffers=True)
+    average.update_parameters(network)
+    return average
+
+
+def compiled_by_layer(network: nn.Module) -> nn.Module:
+    network = copy.deepcopy(network)
+    for name in ("layer1", "layer2", "layer3"):
+        setattr(network, name, torch.compile(getattr(network, name)))
+    return network
+
+
+def masked(network: nn.Module) -> nn.Module:
+    network = copy.deepcopy(network)
+    prune.custom_from_mask(network.get_submodule("conv1"), "weight", torch.ones(16, CHANNELS, 3, 3))
+    return network
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, averaged, compiled_by_layer, masked])
+def test_a_wrapped_student_is_the_network_inside(
+    wrap: Callable[[nn.Module], nn.Module], client: Client
+) -> None:
+    network = random_network(2)
+    client.push_student(network)
+    assert client.push_student(
+        wrap(network), "resnet8"
+    ).already_current  # the same weights are the same bytes
+
+
+def test_a_student_whose_weights_are_elsewhere_is_told_what_to_give(client: Client) -> None:
+    network = random_network(2)
+    nn.utils.parametrizations.weight_norm(network.get_submodule("conv1"))
+    with pytest.raises(ValueError, match="remove_parametrizations"):
+        client.push_student(network)
 
 
 def test_a_student_that_does_not_fit_is_refused_by_name(client: Client) -> None:
