@@ -26,9 +26,11 @@ use crate::synthesis::settings::{Settings, SynthesizerKind};
 use crate::synthesis::{Recalled, SynthesisError, Synthesizer, Teacher};
 use crate::telemetry;
 
+mod list;
 mod status;
 mod world;
 
+pub use list::{Engines, Statuses};
 pub use status::{EngineState, EngineStatus};
 use world::World;
 

@@ -17,6 +17,7 @@ mod cursor;
 mod evicted;
 mod index;
 pub mod inspect;
+mod intake;
 mod open;
 mod upkeep;
 pub mod verify;

@@ -1,6 +1,6 @@
 //! The admin pages over HTTP/1: metrics for Prometheus, liveness and readiness for whoever supervises the process.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use axum::Router;
@@ -17,12 +17,17 @@ use crate::synthesis::batch::DreamBatch;
 use crate::synthesis::settings::SynthesizerKind;
 use crate::telemetry;
 
-/// What the pages show.
+/// What the pages show. They answer from the daemon's first moment on.
 pub(super) struct Pages {
+    metrics: PrometheusHandle,
+    opened: OnceLock<Opened>,
+}
+
+/// What there is to show once the store is open.
+pub(super) struct Opened {
     pub context: Arc<Context>,
     /// Why images are made, or not.
     pub reason: Arc<dyn Fn() -> Reason + Send + Sync>,
-    pub metrics: PrometheusHandle,
     pub queue: async_channel::WeakReceiver<DreamBatch>,
     pub queue_capacity: usize,
     pub liveness_timeout: Duration,
@@ -47,7 +52,9 @@ async fn index() -> &'static str {
 
 /// Reads one atomic: it must answer while everything else is stuck.
 async fn livez(State(pages): State<Arc<Pages>>) -> Response {
-    let (age, bound) = (pages.context.engine.heartbeat_age(), pages.liveness_timeout);
+    // Until then the storage is waited for, whose every call has a bound.
+    let Some(opened) = pages.opened.get() else { return "ok\n".into_response() };
+    let (age, bound) = (opened.context.engines.heartbeat_age(), opened.liveness_timeout);
     if age < bound {
         return "ok\n".into_response();
     }
@@ -60,22 +67,37 @@ async fn livez(State(pages): State<Arc<Pages>>) -> Response {
 }
 
 async fn readyz(State(pages): State<Arc<Pages>>) -> Response {
-    let reason = match pages.context.readiness() {
-        Readiness::Ready => return "ok\n".into_response(),
-        Readiness::Storage(reason) => format!("storage: synthesis waits, the log is served: {reason}\n"),
-        Readiness::Loading => "loading: the teacher is not on the device yet\n".to_owned(),
-        Readiness::Draining => "draining\n".to_owned(),
-        Readiness::Failed(reason) => format!("failed: {reason}\n"),
+    let reason = match pages.opened.get().map(|opened| opened.context.readiness()) {
+        None => "loading: the store is being opened\n".to_owned(),
+        Some(Readiness::Ready) => return "ok\n".into_response(),
+        Some(Readiness::Storage(reason)) => format!("storage: synthesis waits, the log is served: {reason}\n"),
+        Some(Readiness::Loading) => "loading: the teacher is not on the device yet\n".to_owned(),
+        Some(Readiness::Draining) => "draining\n".to_owned(),
+        Some(Readiness::Failed(reason)) => format!("failed: {reason}\n"),
     };
     (StatusCode::SERVICE_UNAVAILABLE, reason).into_response()
 }
 
 async fn metrics(State(pages): State<Arc<Pages>>) -> Response {
-    pages.measure().await;
+    if let Some(opened) = pages.opened.get() {
+        opened.measure().await;
+    }
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], pages.metrics.render()).into_response()
 }
 
 impl Pages {
+    /// Pages of a daemon that is still opening its store.
+    pub fn new(metrics: PrometheusHandle) -> Self {
+        Self { metrics, opened: OnceLock::new() }
+    }
+
+    /// From now on they tell of all there is.
+    pub fn open(&self, opened: Opened) {
+        let _ = self.opened.set(opened);
+    }
+}
+
+impl Opened {
     /// Sets the gauges that are read off when somebody looks.
     pub(super) async fn measure(&self) {
         let set = |name: &'static str, value: f64| metrics::gauge!(name).set(value);
@@ -104,7 +126,7 @@ impl Pages {
         set(telemetry::PUSHES_UNDER_WAY, self.context.students.pushes_under_way() as f64);
         set(telemetry::PUSHES_CAPACITY, self.context.students.limits().max_pushes as f64);
         set(telemetry::STUDENT_VERSION_ACCEPTED, self.context.students.current_version() as f64);
-        set(telemetry::ENGINE_HEARTBEAT_AGE_SECONDS, self.context.engine.heartbeat_age().as_secs_f64());
+        set(telemetry::ENGINE_HEARTBEAT_AGE_SECONDS, self.context.engines.heartbeat_age().as_secs_f64());
         // Not when the engine asks: it does not while it waits for the log.
         let reason = (self.reason)();
         for other in Reason::ALL {
@@ -115,7 +137,7 @@ impl Pages {
             metrics::gauge!(telemetry::SYNTHESIZER, "synthesizer" => kind.name())
                 .set(f64::from(u8::from(kind == synthesizer)));
         }
-        let state = self.context.engine.state();
+        let state = self.context.engines.state();
         for value in EngineState::ALL {
             metrics::gauge!(telemetry::ENGINE_STATE, "state" => value.name())
                 .set(f64::from(u8::from(state == value)));

@@ -7,7 +7,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 use crate::delivery::Delivery;
-use crate::engine::{EngineState, EngineStatus};
+use crate::engine::{EngineState, Statuses};
 use crate::model::source::NetworkSource;
 use crate::students::StudentStore;
 use crate::synthesis::settings::{Settings, SynthesizerKind};
@@ -35,8 +35,8 @@ pub struct Context {
     pub settings: Settings,
     /// Which synthesizer makes the next batch.
     pub synthesizer: watch::Sender<SynthesizerKind>,
-    /// The engine's condition.
-    pub engine: Arc<EngineStatus>,
+    /// What the engines do.
+    pub engines: Statuses,
     /// The log, and who reads it.
     pub delivery: Arc<Delivery>,
     /// Why the storage takes no images at present, where it does not.
@@ -66,10 +66,10 @@ impl Context {
         if self.draining.is_cancelled() {
             return Readiness::Draining;
         }
-        match self.engine.state() {
+        match self.engines.state() {
             EngineState::Loading => Readiness::Loading,
             EngineState::Failed => {
-                Readiness::Failed(self.engine.failure().unwrap_or_else(|| "no reason was given".into()))
+                Readiness::Failed(self.engines.failure().unwrap_or_else(|| "no reason was given".into()))
             }
             EngineState::Synthesizing | EngineState::Resting | EngineState::Blocked | EngineState::Finished => {
                 match self.storage_fault.borrow().clone() {

@@ -23,7 +23,7 @@ use tonic::server::NamedService;
 use tonic_prost::ProstCodec;
 
 use super::context::Context;
-use super::lifecycle::MAX_REQUEST_BYTES;
+use super::limits::MAX_REQUEST_BYTES;
 use super::service::{self, DreamfeedServer};
 use super::stream;
 use crate::proto::{StreamRequest, StreamResponse};

@@ -5,20 +5,23 @@
 mod admin;
 mod context;
 mod convert;
+mod daemon;
 mod describe;
 mod fetch_student;
 mod frames;
 mod health;
-mod lifecycle;
+mod limits;
 mod push_student;
 mod service;
 mod set_synthesizer;
+mod signals;
 mod stream;
+mod tasks;
 
 use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 
-pub use lifecycle::run;
+pub use daemon::run;
 
 use crate::config::Config;
 
@@ -59,9 +62,14 @@ pub enum ServeError {
     /// The storage cannot be used.
     #[error(transparent)]
     Storage(#[from] crate::storage::StorageError),
-    /// The gRPC server ended by itself.
-    #[error("the gRPC server ended: {0}")]
-    Grpc(String),
+    /// A task ended that lives as long as the daemon.
+    #[error("{task} ended: {cause}")]
+    Ended {
+        /// Which it was.
+        task: &'static str,
+        /// Why it ended.
+        cause: String,
+    },
     /// The metrics recorder.
     #[error(transparent)]
     Metrics(#[from] crate::telemetry::InstallError),

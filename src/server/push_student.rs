@@ -9,7 +9,7 @@ use tonic::{Code, Status, Streaming};
 
 use super::context::Context;
 use super::convert;
-use super::lifecycle::MAX_REQUEST_BYTES;
+use super::limits::MAX_REQUEST_BYTES;
 use crate::proto::push_student_request::Part;
 use crate::proto::{PushStudentRequest, PushStudentResponse};
 use crate::students::{Push, PushError};

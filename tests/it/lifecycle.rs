@@ -3,6 +3,7 @@
 use std::process::{Output, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::support::s3::S3;
 use crate::support::{Daemon, LONG, serve_command, student, within};
 use dreamfeed::client::{Client, ClientError, Start, retry};
 use dreamfeed::proto;
@@ -146,6 +147,25 @@ async fn a_second_daemon_on_the_same_port_fails_at_once() {
     }
     // The first one never noticed.
     daemon.client().await.describe().await.unwrap();
+}
+
+#[test]
+fn admin_pages_answer_and_signals_are_heard_while_the_store_is_being_opened() {
+    // A bucket that takes connections and never answers.
+    let bucket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let variables = S3::environment(&bucket.local_addr().unwrap().to_string());
+    let folder = tempfile::tempdir().unwrap();
+    let mut daemon = Daemon::launch_with(folder, &["--store", "s3://bucket/dreams"], |command| {
+        command.envs(variables);
+    });
+    assert_eq!(daemon.get("/readyz"), (503, "loading: the store is being opened\n".into()));
+    assert_eq!(daemon.get("/livez"), (200, "ok\n".into()));
+    assert_eq!(daemon.get("/metrics").0, 200);
+    daemon.signal("TERM");
+    let status = daemon.wait_exit();
+    assert!(status.success(), "{status}: {}", daemon.log());
+    assert!(daemon.log().contains("SIGTERM while the store was being opened"), "{}", daemon.log());
+    assert!(!daemon.folder.path().join("ready.json").exists());
 }
 
 #[tokio::test(flavor = "multi_thread")]
