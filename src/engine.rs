@@ -23,14 +23,16 @@ use crate::students::Student;
 use crate::synthesis::batch::DreamBatch;
 use crate::synthesis::fast::FastGenerator;
 use crate::synthesis::settings::{Settings, SynthesizerKind};
-use crate::synthesis::{Recalled, SynthesisError, Synthesizer, Teacher};
+use crate::synthesis::{SynthesisError, Synthesizer, Teacher};
 use crate::telemetry;
 
 mod list;
+mod recall;
 mod status;
 mod world;
 
 pub use list::{Engines, Statuses};
+pub use recall::Recall;
 pub use status::{EngineState, EngineStatus};
 use world::World;
 
@@ -42,6 +44,9 @@ const MAX_DROPPED: u32 = 3;
 
 /// The pause after a run that was dropped.
 const DROPPED_PAUSE: Duration = Duration::from_millis(100);
+
+/// How often an idle or blocked engine says that it is alive.
+const IDLE_HEARTBEAT: Duration = Duration::from_millis(500);
 
 /// How soon new demand is seen.
 const DEMAND_PAUSE: Duration = Duration::from_millis(50);
@@ -98,9 +103,6 @@ impl Engine {
 
 /// Whether images are wanted now; asked between two synthesis runs.
 pub type Wanted = Arc<dyn Fn() -> bool + Send + Sync>;
-
-/// Images of the log, to be optimized further; may wait for the storage. None where the log has none.
-pub type Recall = Arc<dyn Fn(usize) -> Option<Recalled> + Send + Sync>;
 
 /// What the engine is connected to.
 pub struct Connections {

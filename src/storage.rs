@@ -182,6 +182,14 @@ impl Storage {
         Self { store, root, folder, location: location.into() }
     }
 
+    /// The same storage, every read of which takes this long.
+    #[cfg(test)]
+    pub(crate) fn slowed(&self, wait: Duration) -> Self {
+        let config = object_store::throttle::ThrottleConfig { wait_get_per_call: wait, ..Default::default() };
+        let store = object_store::throttle::ThrottledStore::new(self.store.clone(), config);
+        Self { store: Arc::new(store), ..self.clone() }
+    }
+
     /// Where it is, as it was given.
     pub fn location(&self) -> &str {
         &self.location

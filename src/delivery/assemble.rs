@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use half::f16;
@@ -10,7 +11,7 @@ use serde_json::json;
 
 use super::policy::PixelFormat;
 use crate::log::{Chunk, LogIdentity};
-use crate::model::source::Normalization;
+use crate::model::source::{Geometry, Normalization};
 use crate::synthesis::settings::SynthesizerKind;
 
 /// The `format` in the metadata of a batch that was put together for one policy.
@@ -48,12 +49,13 @@ pub struct Layout {
     columns: Columns,
 }
 
-/// The payload under construction.
-pub struct Assembly<'a> {
+/// The payload under construction. It owns what it needs, so that it can be put together on any thread.
+pub struct Assembly {
     file: Vec<u8>,
-    log: &'a LogIdentity,
-    tables: &'a PixelTables,
-    layout: &'a Layout,
+    geometry: Geometry,
+    num_classes: usize,
+    tables: Arc<PixelTables>,
+    layout: Arc<Layout>,
     /// Rows so far.
     pushed: usize,
 }
@@ -126,27 +128,32 @@ impl Layout {
         Self { count, fresh, pixels, head, columns }
     }
 
+    /// The length of the file in bytes.
+    pub fn bytes(&self) -> usize {
+        self.columns.images.end
+    }
+
     /// Whether it is the one for so many images.
     pub fn fits(&self, count: usize, fresh: usize) -> bool {
         (self.count, self.fresh) == (count, fresh)
     }
 }
 
-impl<'a> Assembly<'a> {
+impl Assembly {
     /// Room for the images of the layout.
-    pub fn new(log: &'a LogIdentity, tables: &'a PixelTables, layout: &'a Layout) -> Self {
+    pub fn new(log: &LogIdentity, tables: Arc<PixelTables>, layout: Arc<Layout>) -> Self {
         let columns = &layout.columns;
         let mut file = Vec::with_capacity(columns.images.end);
         file.extend_from_slice(&layout.head);
         // The pixels are nearly all of it: they are appended and never written twice.
         file.resize(columns.images.start, 0);
-        Self { file, log, tables, layout, pushed: 0 }
+        Self { file, geometry: log.geometry, num_classes: log.num_classes, tables, layout, pushed: 0 }
     }
 
     /// Appends neighbouring rows of a chunk; false where there are no such rows or no room for them, which is a bug of the
     /// caller's.
     pub fn extend(&mut self, chunk: &Chunk, rows: Range<usize>) -> bool {
-        let (k, pixels) = (4 * self.log.num_classes, self.log.geometry.pixels());
+        let (k, pixels) = (4 * self.num_classes, self.geometry.pixels());
         let (Some(labels), Some(versions), Some(competition), Some(logits), Some(images)) = (
             chunk.labels().get(rows.clone()),
             chunk.student_versions().get(rows.clone()),
@@ -180,7 +187,7 @@ impl<'a> Assembly<'a> {
                 None => return false,
             }
         }
-        let plane = (self.log.geometry.height * self.log.geometry.width).max(1);
+        let plane = (self.geometry.height * self.geometry.width).max(1);
         match self.layout.pixels {
             PixelFormat::U8 => self.file.extend_from_slice(images),
             PixelFormat::F32Normalized => convert(&mut self.file, images, plane, &self.tables.f32s),

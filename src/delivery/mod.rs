@@ -10,13 +10,14 @@ mod subscription;
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
 
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use tokio::sync::watch;
 
-use crate::log::Log;
+use crate::log::{Log, ReadError};
 use crate::model::source::Normalization;
 use crate::students::Student;
 use crate::synthesis::Recalled;
@@ -26,11 +27,11 @@ use assemble::PixelTables;
 pub use audience::{Audience, Lag, Ticket};
 pub use demand::{Demand, DemandMode, Reason};
 pub use policy::{COMPETITION_FLOOR, PixelFormat, Policy, Replay, Sampling, Shard, Staleness};
-pub use sampling::{ROWS_PER_DRAW, Table, draw_rows};
+use sampling::{ROWS_PER_DRAW, Table, draw_rows};
 pub use subscription::{End, Message, Subscription};
 
-/// Tables of different policies that are kept; a policy beyond them has its table made anew for each message.
-const TABLES: usize = 64;
+/// The longest that a warm start waits for one chunk: dreaming from noise is better than waiting for a storage.
+const RECALL_PATIENCE: Duration = Duration::from_secs(2);
 
 type TableKey = (Sampling, Option<Arc<BTreeSet<u32>>>);
 
@@ -38,10 +39,12 @@ type TableKey = (Sampling, Option<Arc<BTreeSet<u32>>>);
 #[derive(Debug)]
 pub struct Delivery {
     log: Arc<Log>,
-    pixels: PixelTables,
+    pixels: Arc<PixelTables>,
     students: watch::Receiver<Option<Arc<Student>>>,
     audience: Arc<Audience>,
-    tables: Mutex<(u64, HashMap<TableKey, Arc<Table>>)>,
+    tables: Mutex<HashMap<TableKey, Weak<Table>>>,
+    /// For [`Self::recall`].
+    uniform: Arc<Table>,
     sent: AtomicU64,
     replayed: AtomicU64,
 }
@@ -55,10 +58,11 @@ impl Delivery {
     ) -> Arc<Self> {
         Arc::new(Self {
             log,
-            pixels: PixelTables::new(normalization),
+            pixels: Arc::new(PixelTables::new(normalization)),
             students,
             audience: Arc::default(),
             tables: Mutex::default(),
+            uniform: Arc::new(Table::new(Sampling::Uniform, None)),
             sent: AtomicU64::new(0),
             replayed: AtomicU64::new(0),
         })
@@ -90,20 +94,25 @@ impl Delivery {
         Subscription::new(self.clone(), position, policy)
     }
 
-    /// So many images of the log, drawn uniformly, to be optimized further. None where it has none, or they cannot be
-    /// read at present.
+    /// `count` images of the log, drawn uniformly, to be optimized further. None where it has none, or where the storage
+    /// does not answer: the first error, or a read that takes longer than [`RECALL_PATIENCE`], ends it.
     pub async fn recall(&self, count: usize) -> Option<Recalled> {
         let mut random = ChaCha8Rng::seed_from_u64(rand::random());
-        let drawn_from = self.table(Sampling::Uniform, None).weight() as u64;
-        let mut recalled = Recalled { drawn_from, ..Recalled::default() };
+        self.uniform.follow(&self.log).await;
+        let mut recalled = Recalled { drawn_from: self.log.extent().images, ..Recalled::default() };
         // A chunk that cannot be read is one draw in vain; a log of nothing else ends this.
         for _ in 0..2 * count.div_ceil(ROWS_PER_DRAW) {
             let missing = count - recalled.labels.len();
             if missing == 0 {
                 break;
             }
-            let drawn = self.table(Sampling::Uniform, None).draw(&mut random).cloned()?;
-            let Ok(chunk) = self.log.load(drawn.entry.summary.first_sequence).await else { continue };
+            let drawn = self.uniform.draw(&mut random)?;
+            let load = self.log.load(drawn.entry.summary.first_sequence);
+            let chunk = match tokio::time::timeout(RECALL_PATIENCE, load).await {
+                Ok(Ok(chunk)) => chunk,
+                Ok(Err(ReadError::Gone | ReadError::Damaged)) => continue,
+                Ok(Err(ReadError::Storage(_))) | Err(_) => return None,
+            };
             let pixels = self.log.identity().geometry.pixels();
             for row in draw_rows(&chunk, Sampling::Uniform, ROWS_PER_DRAW.min(missing), None, &mut random) {
                 let row = row as usize;
@@ -114,23 +123,16 @@ impl Delivery {
         (recalled.labels.len() == count).then_some(recalled)
     }
 
-    /// The chunks to replay from, by weight.
+    /// The chunks to replay from, by weight; one table for all who sample alike, for as long as one of them does.
     fn table(&self, sampling: Sampling, classes: Option<&Arc<BTreeSet<u32>>>) -> Arc<Table> {
         let key = (sampling, classes.cloned());
         let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
-        if tables.0 == self.log.generation()
-            && let Some(table) = tables.1.get(&key)
-        {
-            return table.clone();
+        if let Some(table) = tables.get(&key).and_then(Weak::upgrade) {
+            return table;
         }
-        let (entries, generation) = self.log.entries();
-        if tables.0 != generation {
-            *tables = (generation, HashMap::new());
-        }
-        let table = Arc::new(Table::new(&entries, sampling, classes.map(|classes| &**classes)));
-        if tables.1.len() < TABLES {
-            tables.1.insert(key, table.clone());
-        }
+        tables.retain(|_, table| table.strong_count() > 0);
+        let table = Arc::new(Table::new(sampling, classes.cloned()));
+        tables.insert(key, Arc::downgrade(&table));
         table
     }
 }

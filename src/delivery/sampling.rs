@@ -1,16 +1,20 @@
 //! Which images of the log are sent again: pure arithmetic on the index, and on the rows of one chunk.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
 
 use rand::{Rng, RngExt};
 
 use super::policy::{COMPETITION_FLOOR, Sampling};
-use crate::log::{Chunk, Entry};
+use crate::log::{Chunk, Entry, Log, News};
+use crate::storage::blocking;
 
 /// Images taken from a chunk at one draw. Each image's chance is what the policy says; that some of one message come from
 /// the same chunk saves most of the reading.
 pub const ROWS_PER_DRAW: usize = 8;
+
+/// The most new chunks that are weighed at once on a thread of the runtime: a few microseconds' work.
+const NEWS_AT_ONCE: usize = 256;
 
 /// A chunk that can be drawn.
 #[derive(Debug)]
@@ -33,49 +37,118 @@ impl Candidate {
     }
 }
 
-/// Chunks by weight.
-#[derive(Debug, Default)]
+/// The chunks of a log by weight, for one way to sample and one set of classes. It follows the log: what was appended there
+/// is appended here. It is made anew, away from the runtime's threads and while others draw from what it was, only where
+/// that does not do: the first time, once an eighth of its chunks is gone, or once recency is measured against a log that
+/// has grown by more than a hundredth.
+#[derive(Debug)]
 pub struct Table {
-    chunks: Vec<Arc<Candidate>>,
-    /// The sum of the weights up to and with each chunk.
+    sampling: Sampling,
+    classes: Option<Arc<BTreeSet<u32>>>,
+    weights: RwLock<Weights>,
+    /// Held by whoever makes it anew.
+    renewing: tokio::sync::Mutex<()>,
+}
+
+#[derive(Debug, Default)]
+struct Weights {
+    candidates: Vec<Arc<Candidate>>,
+    /// The sum of the weights up to and with each candidate.
     cumulative: Vec<f64>,
+    /// The log's generation that this is of.
+    generation: u64,
+    /// Behind the newest chunk that was looked at.
+    end: u64,
+    /// Chunks looked at, also those without a wanted image.
+    chunks: u64,
+    /// What recency is measured by: the log's end and images when this was made.
+    measure: (u64, u64),
 }
 
 impl Table {
-    /// The chunks that hold at least one wanted image, oldest first.
-    pub fn new(entries: &[Arc<Entry>], sampling: Sampling, classes: Option<&BTreeSet<u32>>) -> Self {
-        let next = entries.last().map_or(0, |entry| entry.summary.end());
-        let images: u64 = entries.iter().map(|entry| u64::from(entry.summary.count)).sum();
-        let half_life = (images as f64 / 4.0).max(1.0);
-        let mut table = Self::default();
-        let mut sum = 0.0;
-        for entry in entries {
-            let weight = chunk_weight(entry, sampling, classes, next, half_life);
-            if weight > 0.0 {
-                sum += weight;
-                table.chunks.push(Arc::new(Candidate { entry: entry.clone(), held: Mutex::default() }));
-                table.cumulative.push(sum);
+    /// One that has seen nothing of any log yet.
+    pub fn new(sampling: Sampling, classes: Option<Arc<BTreeSet<u32>>>) -> Self {
+        Self { sampling, classes, weights: RwLock::default(), renewing: tokio::sync::Mutex::default() }
+    }
+
+    fn weights(&self) -> RwLockReadGuard<'_, Weights> {
+        self.weights.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn weights_mut(&self) -> RwLockWriteGuard<'_, Weights> {
+        self.weights.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Catches up with the log. May be dropped at any time.
+    pub async fn follow(self: &Arc<Self>, log: &Arc<Log>) {
+        if self.caught_up(log) {
+            return;
+        }
+        let _renewing = self.renewing.lock().await;
+        // Another reader may have made it anew meanwhile.
+        if !self.caught_up(log) {
+            let (this, log) = (self.clone(), log.clone());
+            if let Err(problem) = blocking(move || this.renew(&log)).await {
+                tracing::error!(problem, "images to replay could not be weighed anew; those known before are drawn");
             }
         }
-        table
     }
 
-    /// Whether there is nothing to draw.
-    pub fn is_empty(&self) -> bool {
-        self.chunks.is_empty()
+    /// Takes what was appended; false where the table must be made anew.
+    fn caught_up(&self, log: &Log) -> bool {
+        if self.weights().generation == log.generation() {
+            return true;
+        }
+        let mut weights = self.weights_mut();
+        let news = log.news(weights.end, NEWS_AT_ONCE + 1);
+        let gone = (weights.chunks + news.entries.len() as u64).saturating_sub(news.extent.chunks);
+        let drift = news.extent.images.abs_diff(weights.measure.1);
+        if news.entries.len() > NEWS_AT_ONCE
+            || gone > news.extent.chunks / 8
+            || self.sampling == Sampling::Recency && drift > weights.measure.1 / 128
+        {
+            return false;
+        }
+        weights.take(news, self.sampling, self.classes.as_deref());
+        true
     }
 
-    /// The sum of all weights: where sampling is uniform, the number of wanted images.
-    pub fn weight(&self) -> f64 {
-        self.cumulative.last().copied().unwrap_or_default()
+    fn renew(&self, log: &Log) {
+        let news = log.news(0, usize::MAX);
+        let mut weights = Weights { measure: (news.extent.next_sequence, news.extent.images), ..Weights::default() };
+        weights.take(news, self.sampling, self.classes.as_deref());
+        let before = std::mem::replace(&mut *self.weights_mut(), weights);
+        // Not under the lock.
+        drop(before);
     }
 
-    /// A chunk, drawn by weight.
-    pub fn draw(&self, random: &mut impl Rng) -> Option<&Arc<Candidate>> {
-        let total = *self.cumulative.last()?;
+    /// A chunk, drawn by weight; None where there is nothing to draw. It may be gone from the log since the table last
+    /// followed it, and a few that were gone before are drawn, too.
+    pub fn draw(&self, random: &mut impl Rng) -> Option<Arc<Candidate>> {
+        let weights = self.weights();
+        let total = *weights.cumulative.last()?;
         let at = random.random::<f64>() * total;
-        let index = self.cumulative.partition_point(|sum| *sum <= at);
-        self.chunks.get(index.min(self.chunks.len() - 1))
+        let index = weights.cumulative.partition_point(|sum| *sum <= at);
+        weights.candidates.get(index.min(weights.candidates.len() - 1)).cloned()
+    }
+}
+
+impl Weights {
+    fn take(&mut self, news: News, sampling: Sampling, classes: Option<&BTreeSet<u32>>) {
+        let (next, images) = self.measure;
+        let half_life = (images as f64 / 4.0).max(1.0);
+        let mut sum = self.cumulative.last().copied().unwrap_or_default();
+        self.chunks += news.entries.len() as u64;
+        for entry in news.entries {
+            self.end = entry.summary.end();
+            let weight = chunk_weight(&entry, sampling, classes, next, half_life);
+            if weight > 0.0 {
+                sum += weight;
+                self.candidates.push(Arc::new(Candidate { entry, held: Mutex::default() }));
+                self.cumulative.push(sum);
+            }
+        }
+        self.generation = news.generation;
     }
 }
 

@@ -1,6 +1,7 @@
 //! One subscriber: which images come next, and in which message.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
@@ -12,9 +13,10 @@ use tokio::sync::watch;
 
 use super::assemble::{Assembly, Layout};
 use super::policy::Policy;
-use super::sampling::{ROWS_PER_DRAW, draw_rows};
+use super::sampling::{ROWS_PER_DRAW, Table, draw_rows};
 use super::{Delivery, Ticket};
 use crate::log::{CacheUse, Chunk, Entry, Located, ReadError};
+use crate::storage::blocking;
 
 /// A storage that does not answer is asked again for so long before the stream ends.
 const READ_PATIENCE: Duration = Duration::from_secs(20);
@@ -22,6 +24,11 @@ const READ_PATIENCE: Duration = Duration::from_secs(20);
 const READ_PAUSE: Duration = Duration::from_millis(100);
 /// Draws that may find nothing, for each one that is wanted: chunks whose images are all too stale.
 const VAIN_DRAWS: usize = 20;
+
+/// Messages above this many bytes are put together away from the runtime's threads; below, that would cost more.
+const INLINE_BYTES: usize = 256 << 10;
+/// Chunks that such a message holds at one time while it is put together.
+const CHUNKS_AT_ONCE: usize = 16;
 
 /// One message for the subscriber.
 #[derive(Clone, Debug)]
@@ -110,6 +117,8 @@ pub struct Subscription {
     sent: u64,
     replayed: u64,
     stale: u64,
+    /// What is replayed is drawn from it; from the first draw on.
+    table: Option<Arc<Table>>,
     /// Of the last message.
     layout: Option<Arc<Layout>>,
     random: ChaCha8Rng,
@@ -130,6 +139,7 @@ impl Subscription {
             sent: 0,
             replayed: 0,
             stale: 0,
+            table: None,
             layout: None,
             random: ChaCha8Rng::seed_from_u64(rand::random()),
         }
@@ -210,7 +220,7 @@ impl Subscription {
         let position = self.position;
         if chunk.first_sequence() < position {
             // Only the first message can begin inside a chunk, whose rest is then encoded anew.
-            let rest = crate::storage::blocking(move || chunk.tail_from(position)).await;
+            let rest = blocking(move || chunk.tail_from(position)).await;
             let rest = rest.and_then(|rest| rest.map_err(|e| e.to_string())).map_err(End::Storage)?;
             chunk = Arc::new(rest);
         }
@@ -328,16 +338,21 @@ impl Subscription {
         let mut drawn = Vec::with_capacity(wanted);
         let sampling = self.policy.replay.sampling;
         let mut vain = 0;
-        let mut table = self.delivery.table(sampling, self.policy.classes.as_ref());
+        let delivery = &self.delivery;
+        let table = self.table.get_or_insert_with(|| delivery.table(sampling, self.policy.classes.as_ref())).clone();
+        table.follow(&self.delivery.log).await;
         while drawn.len() < wanted && vain < VAIN_DRAWS * wanted.div_ceil(ROWS_PER_DRAW) {
-            let Some(candidate) = table.draw(&mut self.random).cloned() else { break };
-            let chunk = match candidate.chunk() {
-                Some(chunk) => Some(chunk),
-                None => self.load(candidate.entry.summary.first_sequence).await?,
+            let Some(candidate) = table.draw(&mut self.random) else { break };
+            let first_sequence = candidate.entry.summary.first_sequence;
+            // What was evicted is not sent again, although somebody may still hold it.
+            let chunk = match (self.delivery.log.holds(first_sequence), candidate.chunk()) {
+                (false, _) => None,
+                (true, Some(chunk)) => Some(chunk),
+                (true, None) => self.load(first_sequence).await?,
             };
             let Some(chunk) = chunk else {
-                // It was evicted or lost since the table was made.
-                table = self.delivery.table(sampling, self.policy.classes.as_ref());
+                // It was evicted or lost.
+                table.follow(&self.delivery.log).await;
                 vain += 1;
                 continue;
             };
@@ -402,19 +417,28 @@ impl Subscription {
         }
     }
 
-    async fn payload(&self, picks: &[Pick], layout: &Layout, seen: &Seen) -> Result<Bytes, ReadError> {
+    async fn payload(&self, picks: &[Pick], layout: &Arc<Layout>, seen: &Seen) -> Result<Bytes, ReadError> {
         let log = &self.delivery.log;
-        let mut assembly = Assembly::new(log.identity(), &self.delivery.pixels, layout);
-        // One chunk at a time, however many a message is drawn from, and what lies together in one piece.
-        for run in picks.chunk_by(|one, next| one.chunk == next.chunk && one.row + 1 == next.row) {
+        // A large message would hold up a thread of the runtime, and with it every stream that waits there.
+        let inline = layout.bytes() <= INLINE_BYTES;
+        let most = if inline { 1 } else { CHUNKS_AT_ONCE };
+        let mut assembly = Assembly::new(log.identity(), self.delivery.pixels.clone(), layout.clone());
+        let mut pieces = Vec::with_capacity(most);
+        // A few chunks at a time, however many a message is drawn from, and what lies together in one piece.
+        let mut runs = picks.chunk_by(|one, next| one.chunk == next.chunk && one.row + 1 == next.row).peekable();
+        while let Some(run) = runs.next() {
             let Some(first) = run.first() else { continue };
             let chunk = match seen.get(&first.chunk).and_then(Weak::upgrade) {
                 Some(chunk) => chunk,
                 None => log.load(first.chunk).await?,
             };
             let start = first.row as usize;
-            if !assembly.extend(&chunk, start..start + run.len()) {
-                return Err(ReadError::Gone);
+            pieces.push((chunk, start..start + run.len()));
+            if pieces.len() == most || runs.peek().is_none() {
+                let pieces = std::mem::replace(&mut pieces, Vec::with_capacity(most));
+                let extend = move || extended(assembly, &pieces);
+                let extended = if inline { extend() } else { blocking(extend).await.map_err(ReadError::Storage)? };
+                assembly = extended.ok_or(ReadError::Gone)?;
             }
         }
         assembly.finish().ok_or(ReadError::Gone)
@@ -455,4 +479,9 @@ impl Subscription {
             stale_images: self.stale,
         }
     }
+}
+
+/// The assembly with these rows of chunks appended; None where there are no such rows.
+fn extended(mut assembly: Assembly, pieces: &[(Arc<Chunk>, Range<usize>)]) -> Option<Assembly> {
+    pieces.iter().all(|(chunk, rows)| assembly.extend(chunk, rows.clone())).then_some(assembly)
 }

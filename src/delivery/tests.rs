@@ -10,7 +10,7 @@ use rand_chacha::ChaCha8Rng;
 
 use super::*;
 use crate::log::Retention;
-use crate::log::tests::{batch, filled};
+use crate::log::tests::{batch, filled, open_in};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::source::Normalization;
 
@@ -19,7 +19,10 @@ fn run<T>(future: impl Future<Output = T>) -> T {
 }
 
 async fn delivery(counts: &[usize]) -> Arc<Delivery> {
-    let log = filled(counts, Retention::default()).await;
+    delivery_of(filled(counts, Retention::default()).await)
+}
+
+fn delivery_of(log: Arc<Log>) -> Arc<Delivery> {
     let normalization = Normalization { mean: vec![0.5], std: vec![0.25] };
     Delivery::new(log, &normalization, watch::channel(None).1)
 }
@@ -155,6 +158,7 @@ fn frequencies(sampling: Sampling, classes: Option<BTreeSet<u32>>) -> (Vec<f64>,
         let counts = [40, 3, 17, 8, 60, 1, 31];
         let delivery = delivery(&counts).await;
         let table = delivery.table(sampling, classes.clone().map(Arc::new).as_ref());
+        table.follow(delivery.log()).await;
         let mut random = ChaCha8Rng::seed_from_u64(1);
         let mut seen = BTreeMap::<u64, u64>::new();
         let draws = 60_000;
@@ -169,7 +173,7 @@ fn frequencies(sampling: Sampling, classes: Option<BTreeSet<u32>>) -> (Vec<f64>,
         let drawn: u64 = seen.values().sum();
         assert_eq!(drawn, draws * ROWS_PER_DRAW as u64);
         let frequency = |s| seen.get(&s).copied().unwrap_or(0) as f64 / drawn as f64;
-        ((0..total).map(frequency).collect(), delivery.log().entries().0)
+        ((0..total).map(frequency).collect(), delivery.log().news(0, usize::MAX).entries)
     })
 }
 
@@ -316,5 +320,86 @@ fn readers_of_one_policy_share_their_bytes() {
         }
         assert_eq!(payloads[0], payloads[1]);
         assert_eq!(payloads[2], payloads[3]);
+    });
+}
+
+#[test]
+fn a_warm_start_does_not_wait_for_a_storage_that_does_not_answer() {
+    run(async {
+        let storage = crate::storage::Storage::open("memory:").unwrap();
+        let log = open_in(&storage, Retention::default()).await;
+        log.append(&Arc::new(batch(0, 8))).await.unwrap();
+        let recalled = delivery_of(log).recall(20).await.unwrap();
+        assert_eq!((recalled.labels.len(), recalled.images.len(), recalled.drawn_from), (20, 20 * 8, 8));
+
+        // Nothing of it is in memory, and each read takes longer than a batch from noise.
+        let slow = delivery_of(open_in(&storage.slowed(Duration::from_secs(10)), Retention::default()).await);
+        let began = tokio::time::Instant::now();
+        assert!(slow.recall(20).await.is_none());
+        assert_eq!(began.elapsed().as_secs(), RECALL_PATIENCE.as_secs(), "one read, and no second one");
+    });
+}
+
+#[test]
+fn a_large_message_is_put_together_elsewhere_and_is_the_same() {
+    run(async {
+        let delivery = delivery(&[97; 60]).await;
+        for share in [0.0, 0.5] {
+            let replay = Replay { share, ..Replay::default() };
+            let policy = Policy { batch_size: Some(5800), replay, ..Policy::default() };
+            let message = delivery.subscribe(0, policy).next().await.unwrap();
+            assert!(message.payload.len() > 256 << 10, "{}", message.payload.len());
+            let fresh = message.fresh_count as usize;
+            let spelled = spelled(&message);
+            assert_eq!(spelled.len(), 5800);
+            assert!(spelled.iter().take(fresh).copied().eq(0..fresh as u64));
+            assert!(spelled.iter().all(|sequence| *sequence < 97 * 60));
+        }
+    });
+}
+
+#[test]
+fn tables_follow_the_log_and_are_seldom_made_anew() {
+    run(async {
+        let retention = Retention { max_images: Some(200), ..Retention::default() };
+        let delivery = delivery_of(filled(&[10; 20], retention).await);
+        let log = delivery.log().clone();
+        let table = delivery.table(Sampling::Uniform, None);
+        assert!(Arc::ptr_eq(&table, &delivery.table(Sampling::Uniform, None)), "one for all who sample alike");
+        let mut random = ChaCha8Rng::seed_from_u64(3);
+        let mut drawn = || {
+            let candidates = (0..2000).filter_map(|_| table.draw(&mut random));
+            candidates.map(|c| (c.entry.summary.first_sequence, c)).collect::<BTreeMap<_, _>>()
+        };
+        assert!(drawn().is_empty(), "it has not seen the log yet");
+        table.follow(&log).await;
+        let before = drawn();
+        assert_eq!(before.keys().copied().collect::<Vec<_>>(), (0..20).map(|n| n * 10).collect::<Vec<_>>());
+
+        // One comes and one goes: taken in, and nothing made anew. The one that is gone may be drawn, and is passed over.
+        assert_eq!(log.append(&Arc::new(batch(200, 10))).await.unwrap(), 200);
+        log.retain().await.unwrap();
+        table.follow(&log).await;
+        let after = drawn();
+        assert!(Arc::ptr_eq(&before[&100], &after[&100]));
+        assert!(after.contains_key(&200) && after.contains_key(&0) && !log.holds(0));
+        let policy = Policy {
+            replay: Replay { share: 1.0, ..Replay::default() },
+            batch_size: Some(2000),
+            ..Policy::default()
+        };
+        let message = delivery.subscribe(210, policy).next().await.unwrap();
+        assert!(spelled(&message).iter().all(|sequence| (10..210).contains(sequence)));
+
+        // Once more than an eighth is gone.
+        for first in [210, 220] {
+            assert_eq!(log.append(&Arc::new(batch(first, 10))).await.unwrap(), first);
+            log.retain().await.unwrap();
+        }
+        table.follow(&log).await;
+        assert_eq!(drawn().keys().copied().collect::<Vec<_>>(), (3..23).map(|n| n * 10).collect::<Vec<_>>());
+        drop(table);
+        delivery.table(Sampling::Recency, None);
+        assert_eq!(delivery.tables.lock().unwrap().len(), 1, "nobody draws from the first one any more");
     });
 }

@@ -11,15 +11,12 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::{EngineState, EngineStatus, Recall, panic_message};
+use super::{EngineState, EngineStatus, IDLE_HEARTBEAT, Recall, panic_message};
 use crate::model::network::FrozenNetwork;
 use crate::students::Student;
 use crate::synthesis::batch::DreamBatch;
 use crate::synthesis::{Flow, Recalled, StepReport, Surroundings};
 use crate::telemetry;
-
-/// How often an idle or blocked engine says that it is alive.
-const IDLE_HEARTBEAT: Duration = Duration::from_millis(500);
 
 /// A student on the device.
 pub(super) struct Adopted {
@@ -123,7 +120,7 @@ impl Surroundings for World {
     }
 
     fn recall(&mut self, count: usize) -> Option<Recalled> {
-        (self.recall)(count)
+        self.recall.images(count, &self.stop, || self.status.beat())
     }
 
     fn step_done(&mut self, report: StepReport) {

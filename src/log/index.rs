@@ -222,6 +222,16 @@ impl Index {
         victims
     }
 
+    /// The chunks that begin at or behind a sequence, oldest first.
+    pub fn entries_from(&self, sequence: u64) -> impl Iterator<Item = &Arc<Entry>> {
+        self.chunks.range(sequence..).map(|(_, entry)| entry)
+    }
+
+    /// Whether a chunk that begins there can be read.
+    pub fn holds(&self, first_sequence: u64) -> bool {
+        self.chunks.contains_key(&first_sequence)
+    }
+
     /// Every chunk, oldest first.
     pub fn entries(&self) -> impl DoubleEndedIterator<Item = &Arc<Entry>> {
         self.chunks.values()

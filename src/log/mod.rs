@@ -89,6 +89,17 @@ pub struct LogOptions {
     pub cache_bytes: u64,
 }
 
+/// What [`Log::news`] tells.
+#[derive(Clone, Debug)]
+pub struct News {
+    /// Chunks.
+    pub entries: Vec<Arc<Entry>>,
+    /// What the log holds.
+    pub extent: Extent,
+    /// [`Log::generation`].
+    pub generation: u64,
+}
+
 /// Why a batch did not become a chunk.
 #[derive(Debug, thiserror::Error)]
 pub enum AppendError {
@@ -337,13 +348,19 @@ impl Log {
         self.cache.derived(key, make).await
     }
 
-    /// Every chunk that can be read, oldest first, and the generation of that list.
-    pub fn entries(&self) -> (Vec<Arc<Entry>>, u64) {
+    /// At most `most` chunks that begin at or behind `sequence`, oldest first, and what the log holds at that moment.
+    pub fn news(&self, sequence: u64, most: usize) -> News {
         let index = self.index();
-        (index.entries().cloned().collect(), index.generation())
+        let entries = index.entries_from(sequence).take(most).cloned().collect();
+        News { entries, extent: index.extent(), generation: index.generation() }
     }
 
-    /// Grows with every change of [`Self::entries`].
+    /// Whether a chunk that begins at this sequence can be read.
+    pub fn holds(&self, first_sequence: u64) -> bool {
+        self.index().holds(first_sequence)
+    }
+
+    /// Grows whenever a chunk comes or goes.
     pub fn generation(&self) -> u64 {
         self.index().generation()
     }

@@ -53,7 +53,7 @@ fn run<T>(future: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future)
 }
 
-async fn open_in(storage: &Storage, retention: Retention) -> Arc<Log> {
+pub(crate) async fn open_in(storage: &Storage, retention: Retention) -> Arc<Log> {
     let options = LogOptions { retention, cache_bytes: 1 << 20 };
     Log::open(storage.clone(), options, maker()).await.unwrap()
 }

@@ -25,7 +25,7 @@ use super::tasks::{Ended, Tasks};
 use super::{Listeners, ServeError, health};
 use crate::config::Config;
 use crate::delivery::{Delivery, Demand, Reason};
-use crate::engine::{self, Engines};
+use crate::engine::{self, Engines, Recall};
 use crate::generators;
 use crate::log::{Log, Maker};
 use crate::proto::FILE_DESCRIPTOR_SET;
@@ -130,11 +130,14 @@ impl Daemon {
         let (saved, generators) = watch::channel(None);
         let stop = CancellationToken::new();
         let asked = reason.clone();
-        let (runtime, recalling) = (tokio::runtime::Handle::current(), delivery.clone());
+        let recalling = delivery.clone();
         let connections = engine::Connections {
             students: students.watch(),
             wanted: Arc::new(move || asked().is_demand()),
-            recall: Arc::new(move |count| runtime.block_on(recalling.recall(count))),
+            recall: Recall::new(move |count| {
+                let delivery = recalling.clone();
+                Box::pin(async move { delivery.recall(count).await })
+            }),
             synthesizer: synthesizer.subscribe(),
             generator,
             saved: saved.clone(),

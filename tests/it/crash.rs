@@ -393,7 +393,7 @@ impl Model {
 
     async fn check_chunks(&mut self, log: &Arc<Log>, killed: &[&Writer], random: &mut StdRng, everything: bool) {
         // Every chunk that is there holds what it must; one that nobody knew was under way at a kill.
-        let (entries, _) = log.entries();
+        let entries = log.news(0, usize::MAX).entries;
         for entry in &entries {
             let first = entry.summary.first_sequence;
             let again = everything || random.random_ratio(1, 50);
