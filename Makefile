@@ -10,6 +10,9 @@ PYTHON := $(VENV)/bin/python
 # In case the daemon's Python helpers share two cores with it: idle threads sleep instead of spinning.
 export OMP_WAIT_POLICY ?= passive
 
+# What clients of the contract have: its descriptors.
+CONTRACT := proto/dreamfeed.v1.binpb
+
 DEMO_TEACHER := out/demo/teacher.safetensors
 # make serve TEACHER=resnet20.safetensors SERVE_FLAGS="--preset cifar10"
 TEACHER ?= $(DEMO_TEACHER)
@@ -85,8 +88,14 @@ lint: $(VENV)/.stamp ## Check formats and lints: rustfmt, clippy, ruff, buf
 	@$(say) "lint: Python"
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
-	@$(say) "lint: proto"
+	@$(say) "lint: proto, and that it breaks no client of $(CONTRACT)"
 	@$(VENV)/bin/buf lint
+	@$(VENV)/bin/buf breaking --against $(CONTRACT)
+
+.PHONY: contract
+contract: $(VENV)/.stamp ## Record the contract as clients may rely on it; refused where it breaks those of today
+	@$(VENV)/bin/buf breaking --against $(CONTRACT)
+	@$(VENV)/bin/buf build -o $(CONTRACT)
 
 .PHONY: bench
 bench: build ## A synthesis step beside plain PyTorch, RPCs beside a busy engine, delivery beside bare tonic
