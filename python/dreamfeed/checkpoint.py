@@ -1,7 +1,8 @@
 """What a training leaves on disk: the checkpoint that it goes on from, and the student."""
 
+import hashlib
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +12,8 @@ import torch
 from dreamfeed._files import metadata, replacing
 from dreamfeed.client import Snapshot, TeacherInfo, Weights, arch_of
 
-_FORMAT = 1
+# 1 had no checksum; it is still read.
+_FORMAT = 2
 
 
 class Stateful(Protocol):
@@ -49,16 +51,19 @@ class TrainingCheckpoint:
         """Writes the parts as they are after `step` steps in the place of what was there."""
         states = {name: part.state_dict() for name, part in self._parts.items()}
         with replacing(self.path) as partial:
-            torch.save({"dreamfeed_training": _FORMAT, "step": step, "parts": states}, partial)
+            saved = {"dreamfeed_training": _FORMAT, "step": step, "parts": states}
+            torch.save(saved | {"sha256": _checksum(step, states)}, partial)
 
     def load(self) -> int:
         """Puts every part into its saved state; the step of :meth:`save`, or 0 where there is no file yet.
 
         Raises:
-            ValueError: the file is none that :meth:`save` wrote, or one of other parts.
+            ValueError: the file is none that :meth:`save` wrote, is damaged, or is one of other parts.
         """
         if not self.path.exists():
             return 0
+        if not self.path.is_file():
+            raise ValueError(f"{self.path} is no file (a folder, a pipe or a device); give another path")
         try:
             saved = torch.load(self.path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -66,19 +71,57 @@ class TrainingCheckpoint:
                 f"{self.path} cannot be read as a checkpoint ({str(error).partition(chr(10))[0]}); "
                 "remove it, or give another path"
             ) from error
-        if not isinstance(saved, dict) or saved.get("dreamfeed_training") != _FORMAT:
+        if not isinstance(saved, dict) or saved.get("dreamfeed_training") not in (1, _FORMAT):
             raise ValueError(
                 f"{self.path} is no checkpoint that this version of TrainingCheckpoint wrote; give another path"
             )
-        if saved["parts"].keys() != self._parts.keys():
+        step, parts = saved.get("step"), saved.get("parts")
+        whole = saved["dreamfeed_training"] == 1 or saved.get("sha256") == _checksum(step, parts)
+        if not whole or not isinstance(parts, dict):
+            raise ValueError(
+                f"{self.path} is damaged (its checksum is another); remove it, or give another path"
+            )
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+            raise ValueError(
+                f"{self.path} says step {step!r}, which is none; remove it, or give another path"
+            )
+        if parts.keys() != self._parts.keys():
             raise ValueError(
                 f"{self.path} holds {sorted(saved['parts'])}, and this training has {sorted(self._parts)}; "
                 "give another path, or the same parts"
             )
-        for name, state in saved["parts"].items():
+        for name, state in parts.items():
             self._parts[name].load_state_dict(state)
-        step: int = saved["step"]
         return step
+
+
+def _checksum(*values: Any) -> str:
+    """SHA-256 over plain values and tensors, which are the same after a file as before it."""
+    digest = hashlib.sha256()
+
+    def feed(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            digest.update(f"tensor {value.dtype} {tuple(value.shape)};".encode())
+            if value.layout is torch.strided and not value.is_quantized:
+                flat = value.detach().cpu().contiguous().flatten()
+                digest.update(flat.view(torch.uint8).numpy().data)
+        elif isinstance(value, Mapping):
+            digest.update(f"map {len(value)};".encode())
+            for key, item in value.items():
+                feed(key)
+                feed(item)
+        elif isinstance(value, list | tuple):
+            digest.update(f"list {len(value)};".encode())
+            for item in value:
+                feed(item)
+        elif value is None or isinstance(value, bool | int | float | str | bytes):
+            digest.update(f"{value!r};".encode())
+        else:
+            # What such a value looks like in text is not the same in every process.
+            digest.update(f"{type(value).__qualname__};".encode())
+
+    feed(values)
+    return digest.hexdigest()
 
 
 def save_student(
