@@ -26,6 +26,9 @@ use crate::students::StudentLimits;
 use crate::synthesis::settings::SynthesisOptions;
 use crate::telemetry::LogFormat;
 
+/// The outputs of a student where nothing else is set.
+const DEFAULT_MAX_CLASSES: usize = 1 << 16;
+
 /// Variables with our prefix that other programs of the project read.
 const OTHER_VARIABLES: [&str; 3] = ["DREAMFEED_CONFIG", "DREAMFEED_BIN", "DREAMFEED_URL"];
 
@@ -151,6 +154,9 @@ pub struct StudentOptions {
     /// The largest student file that a push may bring [default: 256MiB].
     #[arg(id = "students_max_student_bytes", long = "max-student-bytes", value_name = "BYTES")]
     pub max_bytes: Option<ByteCount>,
+    /// The most outputs of a pushed student; at least the teacher's [default: 65536, or the teacher's where it has more].
+    #[arg(id = "students_max_classes", long = "max-student-classes", value_name = "N")]
+    pub max_classes: Option<usize>,
     /// Pushes under way at one time; each may hold a whole file in memory [default: 4].
     #[arg(id = "students_max_pushes", long = "max-pushes", value_name = "N")]
     pub max_pushes: Option<usize>,
@@ -388,6 +394,17 @@ impl Config {
         if let Err(all) = &settings {
             problems.extend(all.iter().map(|problem| format!("synthesis: {problem}")));
         }
+        let most_classes = options.students.max_classes;
+        if let (Some(most), Ok(teacher)) = (most_classes, &teacher)
+            && most < teacher.spec.num_classes
+        {
+            problems.push(format!(
+                "students.max_classes is {most}, fewer than the teacher's {classes}, which every student must have; give more, or \
+                 leave it out"
+            ));
+        }
+        let max_classes =
+            most_classes.unwrap_or(DEFAULT_MAX_CLASSES.max(if classes == usize::MAX { 0 } else { classes }));
         let teacher = teacher.map_err(|problem| problems.push(problem)).ok()?;
         let settings = settings.ok()?;
         let chunk = settings.batch_size.saturating_mul(teacher.geometry.pixels() + 4 * classes + 20);
@@ -443,7 +460,7 @@ impl Config {
             max_streams,
             drain_timeout,
             liveness_timeout,
-            students: StudentLimits { max_bytes, max_pushes, kept_versions, idle_timeout, push_timeout },
+            students: StudentLimits { max_bytes, max_classes, max_pushes, kept_versions, idle_timeout, push_timeout },
             log_format: options.log_format.unwrap_or_default(),
             log_filter,
         })

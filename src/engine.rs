@@ -34,15 +34,16 @@ mod world;
 pub use list::{Engines, Statuses};
 pub use recall::Recall;
 pub use status::{EngineState, EngineStatus};
-use world::World;
+use world::{Handed, World};
 
-/// So many failed runs in a row are no accident; the engine gives up rather than spin.
+/// This many runs in a row that give no batch although no student takes part are no accident; the engine gives up rather
+/// than spin.
 const MAX_FAILURES: u32 = 10;
 
-/// After so many dropped runs in a row the student is set aside until the next one comes.
-const MAX_DROPPED: u32 = 3;
+/// After this many runs in a row that give no batch the student is set aside until the next one comes.
+const MAX_BLAMED: u32 = 3;
 
-/// The pause after a run that was dropped.
+/// The pause after a run whose loss was not finite.
 const DROPPED_PAUSE: Duration = Duration::from_millis(100);
 
 /// How often an idle or blocked engine says that it is alive.
@@ -186,7 +187,18 @@ fn run(
         }
     }
     let kind = options.precision.kind();
-    let world = World { device, kind, students, recall, adopted: None, unreported: None, stop, status };
+    let world = World {
+        device,
+        kind,
+        students,
+        recall,
+        adopted: None,
+        considered: 0,
+        told_bounded: 0,
+        unreported: None,
+        stop,
+        status,
+    };
     let keeper = Keeper { saved, at: Instant::now(), batches: 0 };
     let mut production = Production { synthesizer, teacher, world, wanted, chosen, output, runtime, keeper };
     let outcome = production.run(options.max_images);
@@ -242,8 +254,7 @@ impl Production {
     /// Makes batches until `max_images` are made or the engine must end.
     fn run(&mut self, max_images: Option<u64>) -> Result<(), String> {
         let mut made = 0u64;
-        let mut failures = 0;
-        let mut dropped = 0;
+        let mut vain = Vain::default();
         while max_images.is_none_or(|most| made < most) {
             if !(self.wanted)() {
                 self.world.status.enter(EngineState::Resting);
@@ -259,50 +270,79 @@ impl Production {
                 tracing::info!(synthesizer = kind.name(), "switched");
                 self.synthesizer.switch(kind);
             }
-            let batch = match catch_unwind(AssertUnwindSafe(|| self.synthesizer.run(&self.teacher, &mut self.world)))
-            {
-                Ok(Ok(batch)) => batch,
+            // A panic out of tch::no_grad leaves gradients switched off for this thread, and the next backward pass would
+            // dereference a null pointer.
+            let run = || tch::with_grad(|| self.synthesizer.run(&self.teacher, &mut self.world));
+            let run = catch_unwind(AssertUnwindSafe(run));
+            let (outcome, error, pause) = match run {
+                Ok(Ok(batch)) => {
+                    vain = Vain::default();
+                    made += self.finish(batch, max_images.map(|most| most - made))?;
+                    if self.world.stop.is_cancelled() {
+                        return Ok(());
+                    }
+                    continue;
+                }
                 Ok(Err(SynthesisError::Stopped)) => return Ok(()),
-                Ok(Err(error @ SynthesisError::NotFinite { .. })) => {
-                    count_run("non_finite");
-                    dropped += 1;
-                    tracing::warn!(%error, dropped, "a synthesis run was dropped");
-                    // Not an error of the machine: other noise may well do better, so this does not count as a failure.
-                    // But where it is the student that makes every run fail, images without one are better than none.
-                    if dropped % MAX_DROPPED == 0 {
-                        self.world.set_student_aside();
-                    }
-                    self.world.rest(&self.runtime, DROPPED_PAUSE);
-                    continue;
-                }
-                Err(panic) => {
-                    count_run("error");
-                    failures += 1;
-                    let error = panic_message(&*panic);
-                    tracing::error!(%error, failures, "a synthesis run failed");
-                    if failures >= MAX_FAILURES {
-                        return Err(format!("{failures} synthesis runs failed in a row; the last one: {error}"));
-                    }
-                    self.world.rest(&self.runtime, FAILURE_PAUSE);
-                    continue;
-                }
+                Ok(Err(error)) => ("non_finite", error.to_string(), DROPPED_PAUSE),
+                Err(panic) => ("error", panic_message(&*panic), FAILURE_PAUSE),
             };
-            (failures, dropped) = (0, 0);
-            count_run("finished");
-            self.keeper.save_if_due(&self.synthesizer);
-            let batch = match max_images {
-                Some(most) => batch.truncated((most - made) as usize),
-                None => batch,
-            };
-            made += batch.count() as u64;
-            report_batch(&batch);
-            self.world.report_staleness();
-            if !self.world.hand_over(&self.runtime, &self.output, batch) {
-                return Ok(());
+            count_run(outcome);
+            // Told once: the metric counts the rest.
+            if vain.blamed + vain.failures == 0 {
+                tracing::warn!(%error, "a synthesis run gave no batch");
             }
+            // Where it is the student that makes every run fail, images without one are better than none, and no student
+            // can end the engine.
+            if self.world.adopted.is_some() {
+                vain.blamed += 1;
+                if vain.blamed == MAX_BLAMED {
+                    vain.blamed = 0;
+                    self.world.set_student_aside("no run against this student succeeds");
+                }
+            } else {
+                vain.failures += 1;
+                if vain.failures == MAX_BLAMED {
+                    self.synthesizer.recover_generator();
+                }
+                if vain.failures >= MAX_FAILURES {
+                    return Err(format!(
+                        "{MAX_FAILURES} synthesis runs in a row gave no batch; the last one: {error}"
+                    ));
+                }
+            }
+            self.world.rest(&self.runtime, pause);
         }
         Ok(())
     }
+
+    /// Hands a batch over, of which `most` images are still wanted; how many it had.
+    fn finish(&mut self, batch: DreamBatch, most: Option<u64>) -> Result<u64, String> {
+        count_run("finished");
+        self.keeper.save_if_due(&self.synthesizer);
+        let batch = match most {
+            Some(most) => batch.truncated(usize::try_from(most).unwrap_or(usize::MAX)),
+            None => batch,
+        };
+        let count = batch.count() as u64;
+        report_batch(&batch);
+        self.world.report_staleness();
+        match self.world.hand_over(&self.runtime, &self.output, batch) {
+            Handed::Over | Handed::Stopped => Ok(count),
+            Handed::NobodyThere => {
+                Err("nobody takes finished batches any more: the log's append task has ended".into())
+            }
+        }
+    }
+}
+
+/// Runs in a row that gave no batch.
+#[derive(Default)]
+struct Vain {
+    /// With a student.
+    blamed: u32,
+    /// Without.
+    failures: u32,
 }
 
 fn count_run(outcome: &'static str) {

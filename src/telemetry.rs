@@ -53,7 +53,7 @@ metrics! {
     IMAGES_SYNTHESIZED = "dreamfeed_images_synthesized_total", Kind::Counter, Count,
         "Images finished. synthesizer: adi, warm-adi, fast, hybrid, noise.";
     SYNTHESIS_RUNS = "dreamfeed_synthesis_runs_total", Kind::Counter, Count,
-        "Synthesis runs ended. outcome: finished, non_finite (dropped, the daemon goes on), error.";
+        "Synthesis runs ended. outcome: finished, non_finite (the loss, the images or the teacher's logits), error (of libtorch).";
     LOSS = "dreamfeed_loss", Kind::Gauge, Count,
         "Each loss term, unweighted, and the weighted total at the last measured optimizer step. term: the terms of the objective.";
     OPTIMIZER_STEP_SECONDS = "dreamfeed_optimizer_step_seconds", Kind::Histogram(DEVICE_BUCKETS), Seconds,
@@ -66,6 +66,12 @@ metrics! {
         "Versions that the adopted student is behind the newest accepted one.";
     STUDENT_ADOPTION_SECONDS = "dreamfeed_student_adoption_seconds", Kind::Histogram(DEVICE_BUCKETS), Seconds,
         "Time from the last byte of a push to the first optimizer step against it.";
+    STUDENTS_SET_ASIDE = "dreamfeed_students_set_aside_total", Kind::Counter, Count,
+        "Students that were adopted and are not used any more, because no run against them succeeded or the generator collapsed.";
+    STUDENT_BOUNDED_IMAGES = "dreamfeed_student_bounded_images_total", Kind::Counter, Count,
+        "How often the student's part of an image's gradient was bounded, because it was far above the teacher's.";
+    GENERATOR_RESTORES = "dreamfeed_generator_restores_total", Kind::Counter, Count,
+        "How often the generator went back to its last good state, because the teacher did not recognize its images any more.";
     TEACHER_TOP1 = "dreamfeed_teacher_top1_ratio", Kind::Gauge, Count,
         "Share of the last batch's images that the teacher classifies as the class they were made for, 0..1.";
     COMPETITION_JS = "dreamfeed_competition_js_nats", Kind::Gauge, Count,
@@ -123,7 +129,7 @@ metrics! {
     BYTES_SENT = "dreamfeed_bytes_sent_total", Kind::Counter, Bytes, "Payload bytes sent, over all streams.";
     PUSHES = "dreamfeed_pushes_total", Kind::Counter, Count,
         "Pushes ended. outcome: accepted, already_current, header, length (also most clients that vanish), digest, format, arch, missing, extra, \
-         misshapen, dtype, not_finite, negative_variance, channels, classes, too_large, conflict, idle, busy, cancelled, unavailable, \
+         misshapen, dtype, unreadable, not_finite, negative_variance, channels, classes, too_large, conflict, idle, busy, cancelled, unavailable, \
          storage, internal.";
     STUDENTS_DAMAGED = "dreamfeed_students_damaged_total", Kind::Counter, Count,
         "Stored students that turned out to be damaged, and are not used.";

@@ -5,7 +5,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use metrics::{gauge, histogram};
+use metrics::{counter, gauge, histogram};
 use tch::{Device, Kind};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
@@ -15,6 +15,7 @@ use super::{EngineState, EngineStatus, IDLE_HEARTBEAT, Recall, panic_message};
 use crate::model::network::FrozenNetwork;
 use crate::students::Student;
 use crate::synthesis::batch::DreamBatch;
+use crate::synthesis::fast::Restored;
 use crate::synthesis::{Flow, Recalled, StepReport, Surroundings};
 use crate::telemetry;
 
@@ -24,6 +25,17 @@ pub(super) struct Adopted {
     version: u64,
 }
 
+/// What became of a finished batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Handed {
+    /// It is in the queue.
+    Over,
+    /// The engine must end.
+    Stopped,
+    /// Whoever took batches has ended, and will take no more.
+    NobodyThere,
+}
+
 /// Everything outside the optimizer that a run meets.
 pub(super) struct World {
     pub device: Device,
@@ -31,6 +43,11 @@ pub(super) struct World {
     pub students: watch::Receiver<Option<Arc<Student>>>,
     pub recall: Recall,
     pub adopted: Option<Adopted>,
+    /// The version that was looked at last: adopted, or set aside, or impossible to adopt. Compared with what the channel
+    /// holds rather than asking it for a change, since a channel's first value is no change.
+    pub considered: u64,
+    /// The version whose part of a gradient was bounded, and that this was told of.
+    pub told_bounded: u64,
     /// The arrival of a student's last byte, and how long ago that was when the newest step began, until the first step
     /// against it has been made.
     pub unreported: Option<(Instant, Duration)>,
@@ -40,10 +57,11 @@ pub(super) struct World {
 
 impl World {
     fn adopt_newest(&mut self) {
-        if !self.students.has_changed().unwrap_or(false) {
+        let Some(student) = self.students.borrow().clone().filter(|student| student.version != self.considered)
+        else {
             return;
-        }
-        let Some(student) = self.students.borrow_and_update().clone() else { return };
+        };
+        self.considered = student.version;
         let load = || FrozenNetwork::load(&student.spec, &student.checkpoint, self.device, self.kind);
         let network = match catch_unwind(AssertUnwindSafe(load)) {
             Ok(network) => network,
@@ -65,18 +83,25 @@ impl World {
         gauge!(telemetry::STUDENT_STALENESS_VERSIONS).set(accepted.saturating_sub(adopted) as f64);
     }
 
-    pub fn set_student_aside(&mut self) {
+    /// Dreams without the student until a newer one comes.
+    pub fn set_student_aside(&mut self, why: &'static str) {
         if let Some(adopted) = self.adopted.take() {
-            tracing::error!(version = adopted.version, "no run against this student succeeds; dreaming without one");
+            tracing::error!(version = adopted.version, "{why}; dreaming without a student until the next one comes");
             gauge!(telemetry::STUDENT_VERSION_ADOPTED).set(0.0);
+            counter!(telemetry::STUDENTS_SET_ASIDE).increment(1);
         }
     }
 
-    /// Puts a batch into the queue, waiting as long as it is full; false where the engine must end.
-    pub fn hand_over(&self, runtime: &Handle, output: &async_channel::Sender<DreamBatch>, batch: DreamBatch) -> bool {
+    /// Puts a batch into the queue, waiting as long as it is full.
+    pub fn hand_over(
+        &self,
+        runtime: &Handle,
+        output: &async_channel::Sender<DreamBatch>,
+        batch: DreamBatch,
+    ) -> Handed {
         let batch = match output.try_send(batch) {
-            Ok(()) => return true,
-            Err(async_channel::TrySendError::Closed(_)) => return false,
+            Ok(()) => return Handed::Over,
+            Err(async_channel::TrySendError::Closed(_)) => return Handed::NobodyThere,
             Err(async_channel::TrySendError::Full(batch)) => batch,
         };
         self.status.enter(EngineState::Blocked);
@@ -84,8 +109,8 @@ impl World {
             let mut send = pin!(output.send(batch));
             loop {
                 tokio::select! {
-                    sent = &mut send => return sent.is_ok(),
-                    () = self.stop.cancelled() => return false,
+                    sent = &mut send => return if sent.is_ok() { Handed::Over } else { Handed::NobodyThere },
+                    () = self.stop.cancelled() => return Handed::Stopped,
                     () = tokio::time::sleep(IDLE_HEARTBEAT) => self.status.beat(),
                 }
             }
@@ -123,6 +148,19 @@ impl Surroundings for World {
         self.recall.images(count, &self.stop, || self.status.beat())
     }
 
+    fn generator_restored(&mut self, restored: Restored) {
+        let Restored { usual, recent, batches: [from, to] } = restored;
+        counter!(telemetry::GENERATOR_RESTORES).increment(1);
+        tracing::error!(
+            usual_top1 = usual.teacher_top1,
+            recent_top1 = recent.teacher_top1,
+            usual_r_feature = usual.r_feature,
+            recent_r_feature = recent.r_feature,
+            "the generator's images collapsed after {from} batches; it goes back to its last good state, after {to}"
+        );
+        self.set_student_aside("the generator's images collapsed against this student");
+    }
+
     fn step_done(&mut self, report: StepReport) {
         histogram!(telemetry::OPTIMIZER_STEP_SECONDS).record(report.elapsed.as_secs_f64());
         if report.student_version > 0
@@ -131,6 +169,17 @@ impl Surroundings for World {
             histogram!(telemetry::STUDENT_ADOPTION_SECONDS).record(waited.as_secs_f64());
         }
         if let Some(losses) = report.losses {
+            if losses.bounded_images > 0 {
+                counter!(telemetry::STUDENT_BOUNDED_IMAGES).increment(losses.bounded_images);
+                if self.told_bounded != report.student_version {
+                    self.told_bounded = report.student_version;
+                    tracing::warn!(
+                        version = report.student_version,
+                        "the student's part of some images' gradient was far above the teacher's, and is bounded: are its \
+                         weights still sane?"
+                    );
+                }
+            }
             gauge!(telemetry::LOSS, "term" => "total").set(losses.total);
             for (term, value) in losses.terms {
                 gauge!(telemetry::LOSS, "term" => term).set(value);

@@ -3,6 +3,8 @@
 //! Everything here is safe to call on bytes from the network. safetensors is the only format that is ever read; no
 //! pickle is loaded anywhere in the project.
 
+mod header;
+
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::path::Path;
@@ -11,6 +13,27 @@ use bytes::Bytes;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::json;
 use sha2::{Digest, Sha256};
+
+/// What a header may cost before anything is made of it.
+#[derive(Clone, Copy, Debug)]
+pub struct HeaderLimits {
+    /// Bytes of the header.
+    pub bytes: usize,
+    /// Tensors, and entries of its `__metadata__`.
+    pub entries: usize,
+}
+
+impl HeaderLimits {
+    /// For files that come from elsewhere: some hundred times what the largest public classifiers have.
+    pub const FILE: Self = Self { bytes: 4 << 20, entries: 20_000 };
+    /// For objects of ours that hold a whole header of such a file in their metadata, escaped once more, beside their own.
+    pub const OBJECT: Self = Self { bytes: 16 << 20, entries: Self::FILE.entries + 100 };
+}
+
+/// The longest name of a tensor or key of the metadata, in bytes.
+const MAX_NAME_BYTES: usize = 512;
+/// The most dimensions of a tensor.
+const MAX_RANK: usize = 8;
 
 /// Why a file is not a usable safetensors file.
 #[derive(Debug, thiserror::Error)]
@@ -21,6 +44,9 @@ pub enum CheckpointError {
     /// The bytes are not safetensors.
     #[error("not a safetensors file: {0}")]
     Format(String),
+    /// Its header is larger than it may be.
+    #[error("too large to read: {0}")]
+    TooLarge(String),
     /// A variance is negative.
     #[error("tensor {name} is a variance, but element {index} is {value}; a running_var is never negative")]
     NegativeVariance {
@@ -81,9 +107,15 @@ impl Checkpoint {
         })
     }
 
-    /// Parses a file that is already in memory; copies no tensor.
+    /// Parses a file that is already in memory, within [`HeaderLimits::FILE`]; copies no tensor.
     pub fn parse(bytes: Bytes) -> Result<Self, CheckpointError> {
+        Self::parse_within(HeaderLimits::FILE, bytes)
+    }
+
+    /// The same within other limits.
+    pub fn parse_within(limits: HeaderLimits, bytes: Bytes) -> Result<Self, CheckpointError> {
         let format = |e: safetensors::SafeTensorError| CheckpointError::Format(e.to_string());
+        header::check(limits, &bytes)?;
         let (_, header) = SafeTensors::read_metadata(&bytes).map_err(format)?;
         let metadata = header.metadata().clone().unwrap_or_default();
         let tensors = SafeTensors::deserialize(&bytes).map_err(format)?;

@@ -100,6 +100,11 @@ impl Generator {
         Self { shape: self.shape, parameters: self.parameters.iter().map(copy).collect() }
     }
 
+    /// One with memory of its own, without gradients.
+    pub fn copy(&self) -> Self {
+        Self { shape: self.shape, parameters: self.parameters.iter().map(|p| p.detach().copy()).collect() }
+    }
+
     /// The same parameters without gradients.
     pub fn frozen_copy(&self) -> Self {
         Self { shape: self.shape, parameters: self.parameters.iter().map(Tensor::detach).collect() }

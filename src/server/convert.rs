@@ -102,7 +102,7 @@ pub(super) fn push_header(header: proto::PushStudentHeader) -> Result<PushHeader
 
 pub(super) fn push_status(error: &PushError) -> Status {
     let code = match error {
-        PushError::TooLarge { .. } | PushError::Busy { .. } => Code::ResourceExhausted,
+        PushError::TooLarge { .. } | PushError::Cost(_) | PushError::Busy { .. } => Code::ResourceExhausted,
         PushError::Conflict { .. } => Code::FailedPrecondition,
         PushError::Storage(_) => Code::Unavailable,
         PushError::Internal(_) => Code::Internal,
@@ -111,6 +111,7 @@ pub(super) fn push_status(error: &PushError) -> Status {
         | PushError::TooLong { .. }
         | PushError::Digest { .. }
         | PushError::Format(_)
+        | PushError::Unreadable(_)
         | PushError::Arch(_)
         | PushError::Tensors(_)
         | PushError::NotFinite { .. }

@@ -45,8 +45,8 @@ pub(super) async fn follow(context: Arc<Context>, reporter: HealthReporter) {
                     report(&reporter, ServingStatus::Serving).await;
                 }
                 Readiness::Loading => report(&reporter, ServingStatus::NotServing).await,
-                Readiness::Failed(reason) => {
-                    tracing::error!("the engine has failed: {reason}");
+                // The engine has logged it.
+                Readiness::Failed(_) => {
                     report(&reporter, ServingStatus::NotServing).await;
                     context.closing.cancel();
                 }

@@ -26,6 +26,15 @@ pub enum PushError {
         /// What is accepted.
         limit: u64,
     },
+    /// The network costs more than the daemon takes.
+    #[error("the student is more than this daemon takes: {0}")]
+    Cost(String),
+    /// What would be stored cannot be read back.
+    #[error(
+        "the student would be stored in a form that cannot be read back ({0}), so it is refused; push it without \
+         __metadata__ and with plain names"
+    )]
+    Unreadable(String),
     /// Every slot is taken.
     #[error("{limit} pushes are already under way, as many as this daemon takes at a time; retry with back-off")]
     Busy {
@@ -136,7 +145,8 @@ impl PushError {
     pub fn reason(&self) -> &'static str {
         match self {
             Self::Header(_) => "header",
-            Self::TooLarge { .. } => "too_large",
+            Self::TooLarge { .. } | Self::Cost(_) => "too_large",
+            Self::Unreadable(_) => "unreadable",
             Self::Busy { .. } => "busy",
             Self::Truncated { .. } | Self::TooLong { .. } => "length",
             Self::Digest { .. } => "digest",
@@ -172,6 +182,7 @@ impl From<CheckpointError> for PushError {
             CheckpointError::NegativeVariance { name, index, value } => {
                 Self::NegativeVariance { tensor: clip(&name), index, value }
             }
+            CheckpointError::TooLarge(problem) => Self::Cost(problem),
             other => Self::Format(other.to_string()),
         }
     }

@@ -61,6 +61,8 @@ pub struct Requirements {
 pub struct StudentLimits {
     /// The largest file, in bytes.
     pub max_bytes: u64,
+    /// The most outputs of a student; at least the teacher's.
+    pub max_classes: usize,
     /// Pushes under way at one time. Each may hold up to `max_bytes` in memory.
     pub max_pushes: usize,
     /// Newest versions that can still be fetched; at least 1.

@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 
 use super::Student;
 use super::versions::Candidate;
-use crate::model::checkpoint::{Checkpoint, TensorToWrite, encode, hex};
+use crate::model::checkpoint::{Checkpoint, HeaderLimits, TensorToWrite, encode, hex};
 use crate::model::spec::NetworkSpec;
 use crate::storage::{number, numbered};
 
@@ -53,7 +53,7 @@ pub(super) fn write(candidate: &Candidate) -> Result<Bytes, String> {
 
 /// The student in an object, its bytes as they were pushed.
 pub(super) fn read(version: u64, object: Bytes) -> Result<Student, String> {
-    let stored = Checkpoint::parse(object.clone()).map_err(|e| e.to_string())?;
+    let stored = Checkpoint::parse_within(HeaderLimits::OBJECT, object.clone()).map_err(|e| e.to_string())?;
     let get = |key: &str| {
         let value = stored.metadata().get(&format!("dreamfeed.{key}"));
         value.cloned().ok_or_else(|| format!("its metadata has no dreamfeed.{key}"))

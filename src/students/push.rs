@@ -113,11 +113,11 @@ impl Push {
         if received < announced {
             return Err(PushError::Truncated { received, announced });
         }
-        let requirements = store.requirements;
+        let (requirements, max_classes) = (store.requirements, store.limits.max_classes);
         let replaces = header.replaces_version;
         // The slot travels along: a push whose client vanished keeps it for as long as the check really runs.
         let check = move || {
-            let candidate = check(header, file, hash, received_at, requirements);
+            let candidate = check(header, file, hash, received_at, requirements, max_classes);
             (candidate, slot)
         };
         let (candidate, _slot) = tokio::task::spawn_blocking(check)
@@ -133,6 +133,7 @@ fn check(
     hash: Sha256,
     received_at: Instant,
     requirements: Requirements,
+    max_classes: usize,
 ) -> Result<Candidate, PushError> {
     let sha256: [u8; 32] = hash.finalize().into();
     if sha256 != header.sha256 {
@@ -146,6 +147,12 @@ fn check(
     if spec.num_classes < requirements.num_classes {
         let (found, expected) = (spec.num_classes, requirements.num_classes);
         return Err(PushError::Classes { head: spec.naming.head, found, expected });
+    }
+    if spec.num_classes > max_classes {
+        return Err(PushError::Cost(format!(
+            "tensor {}.weight has {} outputs, and at most {max_classes} are taken (its setting students.max_classes)",
+            spec.naming.head, spec.num_classes
+        )));
     }
     checkpoint.check_finite()?;
     Ok(Candidate {

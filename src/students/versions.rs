@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
+use bytes::Bytes;
 use metrics::counter;
 use tokio::sync::{Mutex, watch};
 
@@ -114,8 +115,13 @@ impl Versions {
         let mut known = self.known.lock().await;
         let candidate = Arc::new(candidate);
         let encoding = candidate.clone();
-        let bytes = blocking(move || object::write(&encoding)).await.and_then(|written| written);
-        let bytes = bytes.map_err(PushError::Internal)?;
+        // Read back by the code that reads it after a restart: what is acknowledged can be read.
+        let write = move || {
+            let object: Bytes = object::write(&encoding)?;
+            let read = object::read(1, object.clone())?;
+            if encoding.is(&read) { Ok(object) } else { Err("another student came out than was put in".to_owned()) }
+        };
+        let bytes = blocking(write).await.and_then(|written| written).map_err(PushError::Unreadable)?;
         loop {
             self.refresh(&mut known).await?;
             let newest = self.current();

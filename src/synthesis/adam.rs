@@ -23,6 +23,11 @@ impl Adam {
         Self { betas, first, second, steps }
     }
 
+    /// One that goes on from here, with memory of its own.
+    pub fn copy(&self) -> Self {
+        Self { first: self.first.copy(), second: self.second.copy(), ..*self }
+    }
+
     /// The first and second moment, each shaped like the tensor.
     pub fn moments(&self) -> [&Tensor; 2] {
         [&self.first, &self.second]

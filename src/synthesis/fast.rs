@@ -12,27 +12,49 @@ use tch::{Device, Kind, Tensor};
 use super::adam::Adam;
 use super::adi::{Jitter, gradient_beside};
 use super::memory::StatisticsMemory;
-use super::objective::LossReport;
+use super::objective::{Bounded, LossReport};
 use super::settings::{Meta, Settings};
 use super::{Flow, Optimized, StepReport, Surroundings, SynthesisError, Teacher};
 use crate::model::generator::{Generator, GeneratorShape};
 
+mod health;
 mod state;
 
+use health::Health;
+pub use health::{Level, Restored};
 pub use state::StateError;
 
 /// Adam's decays for generator and latent vectors, as published.
 const BETAS: [f64; 2] = [0.5, 0.999];
 
-/// The generator and all that outlives a batch.
+/// All that outlives a batch.
 #[derive(Debug)]
-pub struct FastGenerator {
+struct Learned {
     generator: Generator,
     /// One for each parameter.
     meta: Vec<Adam>,
     memory: StatisticsMemory,
     /// Batches made.
     batches: u64,
+}
+
+impl Learned {
+    /// Shares no memory with this one.
+    fn copy(&self) -> Self {
+        Self {
+            generator: self.generator.copy(),
+            meta: self.meta.iter().map(Adam::copy).collect(),
+            memory: self.memory.copy(),
+            batches: self.batches,
+        }
+    }
+}
+
+/// The generator, and who watches over it.
+#[derive(Debug)]
+pub struct FastGenerator {
+    learned: Learned,
+    health: Health,
     /// The copy that made the last batch, the student it was made against, and how many batches it still samples.
     adapted: Option<(Generator, u64, u32)>,
 }
@@ -42,18 +64,20 @@ impl FastGenerator {
     pub fn fresh(teacher: &Teacher, settings: &Settings) -> Self {
         let generator = Generator::fresh(shape(teacher, settings), teacher.device());
         let meta = generator.parameters().iter().map(|parameter| Adam::new(parameter, BETAS)).collect();
-        Self {
-            generator,
-            meta,
-            memory: StatisticsMemory::new(settings.fast.statistics_momentum),
-            batches: 0,
-            adapted: None,
-        }
+        let memory = StatisticsMemory::new(settings.fast.statistics_momentum);
+        let learned = Learned { generator, meta, memory, batches: 0 };
+        Self { learned, health: Health::default(), adapted: None }
     }
 
     /// Batches made so far, those of the warm-up among them.
     pub fn batches(&self) -> u64 {
-        self.batches
+        self.learned.batches
+    }
+
+    /// Goes back to the last good state; false where none is known.
+    pub fn go_back(&mut self) -> bool {
+        self.adapted = None;
+        self.health.go_back(&mut self.learned).is_some()
     }
 
     /// Makes images for `targets`, `[N]`, and learns from it. Before its first batch it learns from a few that nobody gets.
@@ -73,7 +97,7 @@ impl FastGenerator {
             self.adapted = Some((copy, student_version, left - 1));
             return Ok(Optimized { images, student_version });
         }
-        while self.batches < settings.fast.warmup {
+        while self.learned.batches < settings.fast.warmup {
             self.batch(teacher, settings, targets, rng, surroundings)?;
         }
         self.batch(teacher, settings, targets, rng, surroundings)
@@ -88,19 +112,22 @@ impl FastGenerator {
         surroundings: &mut dyn Surroundings,
     ) -> Result<Optimized, SynthesisError> {
         let fast = &settings.fast;
-        if fast.reset_every > 0 && self.batches > 0 && self.batches.is_multiple_of(fast.reset_every) {
+        let batches = self.learned.batches;
+        if fast.reset_every > 0 && batches > 0 && batches.is_multiple_of(fast.reset_every) {
             self.reset();
         }
         let weighed = self.weighed(settings);
         let one_hot = one_hot(teacher, settings, targets);
-        let latent = self.latent(teacher, settings, &self.generator, targets, one_hot.as_ref());
+        let latent = self.latent(teacher, settings, &self.learned.generator, targets, one_hot.as_ref());
         let mut latent = latent.set_requires_grad(true);
-        let copy = self.generator.trainable_copy();
+        let copy = self.learned.generator.trainable_copy();
         let mut adam: Vec<Adam> = copy.parameters().iter().map(|parameter| Adam::new(parameter, BETAS)).collect();
         let mut latent_adam = Adam::new(&latent, BETAS);
         let mut learned: Option<Vec<Tensor>> = None;
         let mut student_version = 0;
         let mut images = None;
+        let mut bounded = Bounded::default();
+        let mut level = None;
         for step in 0..fast.steps {
             if surroundings.flow() == Flow::Stop {
                 return Err(SynthesisError::Stopped);
@@ -114,7 +141,8 @@ impl FastGenerator {
             student_version = student.map_or(student_version, |(_, version)| version);
             let student = student.map(|(network, _)| network);
             let (gradient, loss) =
-                gradient_beside(teacher, &weighed, &seen, targets, student, Some(&mut self.memory));
+                gradient_beside(teacher, &weighed, &seen, targets, student, Some(&mut self.learned.memory));
+            bounded.count(&loss);
             let gradient = jitter.undo(&gradient);
             let leaves: Vec<&Tensor> = copy.parameters().iter().chain([&latent]).collect();
             let mut gradients = Tensor::run_backward(&[(x * gradient).sum(None)], &leaves, false, false);
@@ -133,7 +161,8 @@ impl FastGenerator {
                 });
             });
             // Reading them waits for the device.
-            let losses = last.then(|| loss.report());
+            let losses = last.then(|| loss.report(&mut bounded));
+            level = losses.as_ref().map(Level::of);
             let finite = losses.as_ref().is_none_or(LossReport::is_finite);
             surroundings.step_done(StepReport { step, elapsed: began.elapsed(), student_version, losses });
             if !finite {
@@ -151,6 +180,10 @@ impl FastGenerator {
         }
         self.learn(settings, &copy, gradients);
         self.adapted = Some((copy.frozen_copy(), student_version, fast.samples));
+        if let Some(restored) = level.and_then(|level| self.health.judge(level, &mut self.learned)) {
+            self.adapted = None;
+            surroundings.generator_restored(restored);
+        }
         Ok(Optimized { images, student_version })
     }
 
@@ -182,24 +215,27 @@ impl FastGenerator {
         let (rate, directions) = match fast.meta {
             Meta::Fomaml => (fast.learning_rate * f64::from(fast.steps), gradients),
             Meta::Reptile => {
-                let pairs = self.generator.parameters().iter().zip(copy.parameters());
+                let pairs = self.learned.generator.parameters().iter().zip(copy.parameters());
                 (fast.learning_rate, pairs.map(|(here, there)| here - there).collect())
             }
         };
-        let moved = self.meta.iter_mut().zip(self.generator.parameters()).zip(&directions);
+        let Learned { generator, meta, memory, batches } = &mut self.learned;
+        let moved = meta.iter_mut().zip(generator.parameters()).zip(&directions);
         for ((adam, parameter), direction) in moved {
             adam.step(&mut parameter.shallow_clone(), direction, rate);
         }
-        self.memory.remember();
-        self.batches += 1;
+        memory.remember();
+        *batches += 1;
     }
 
     /// New latent features against images that grow alike.
     fn reset(&mut self) {
-        self.generator.reset_first_layer();
-        for (adam, parameter) in self.meta.iter_mut().zip(self.generator.parameters()).take(3) {
+        let Learned { generator, meta, .. } = &mut self.learned;
+        generator.reset_first_layer();
+        for (adam, parameter) in meta.iter_mut().zip(generator.parameters()).take(3) {
             *adam = Adam::new(parameter, BETAS);
         }
+        self.health.begin_anew();
     }
 
     /// The settings with this tier's weights in place of those on pixels.
@@ -210,7 +246,7 @@ impl FastGenerator {
             tv_l1_weight: 0.0,
             tv_l2_weight: 0.0,
             l2_weight: 0.0,
-            r_feature_weight: fast.r_feature_weight * self.memory.weight(),
+            r_feature_weight: fast.r_feature_weight * self.learned.memory.weight(),
             first_bn_multiplier: 1.0,
             compete_weight: fast.compete_weight,
             compete_form: fast.compete_form,

@@ -27,6 +27,11 @@ impl StatisticsMemory {
         Self { momentum, averages, latest: Vec::new() }
     }
 
+    /// One that goes on from here, with memory of its own.
+    pub fn copy(&self) -> Self {
+        Self::resume(self.momentum, self.averages.iter().map(|pair| pair.each_ref().map(Tensor::copy)).collect())
+    }
+
     /// Mean and variance at each batch norm, `[C]` each.
     pub fn averages(&self) -> &[[Tensor; 2]] {
         &self.averages

@@ -24,7 +24,7 @@ pub mod settings;
 pub mod targets;
 
 use batch::DreamBatch;
-use fast::FastGenerator;
+use fast::{FastGenerator, Restored};
 use objective::LossReport;
 use settings::{Settings, SynthesizerKind};
 use targets::TargetSequence;
@@ -130,6 +130,11 @@ pub trait Surroundings {
         None
     }
 
+    /// The generator's images had collapsed, and it went back to its last good state.
+    fn generator_restored(&mut self, restored: Restored) {
+        let _ = restored;
+    }
+
     /// Called after each step.
     fn step_done(&mut self, report: StepReport) {
         let _ = report;
@@ -140,11 +145,17 @@ pub trait Surroundings {
 #[derive(Debug, thiserror::Error)]
 pub enum SynthesisError {
     /// The loss or the images became NaN or infinite.
-    #[error("the loss is not finite at step {step}; a smaller learning_rate or smaller weights would help")]
+    #[error(
+        "the loss is not finite at step {step}; at the first step look at the networks' weights and normalization, later a \
+         smaller learning_rate or smaller weights of the terms would help"
+    )]
     NotFinite {
         /// The step's index.
         step: u32,
     },
+    /// The teacher's logits on finished images are NaN or infinite.
+    #[error("the teacher's logits on finished images are not finite; look at its weights and its normalization")]
+    Logits,
     /// [`Flow::Stop`].
     #[error("stopped")]
     Stopped,
@@ -210,6 +221,15 @@ impl Synthesizer {
         self.generator = Some(generator);
     }
 
+    /// No run succeeds: the generator goes back to its last good state, or begins anew where none is known.
+    pub fn recover_generator(&mut self) {
+        if let Some(generator) = &mut self.generator
+            && !generator.go_back()
+        {
+            self.generator = None;
+        }
+    }
+
     /// Makes one batch of `batch_size` images, or the next view of the last one.
     pub fn run(
         &mut self,
@@ -238,7 +258,14 @@ impl Synthesizer {
                 made
             }
         };
-        Ok(finish(teacher, made, (self.settings.synthesizer, &self.json), surroundings))
+        let batch = finish(teacher, made, (self.settings.synthesizer, &self.json), surroundings);
+        // Nobody can learn from an infinite logit, also not of noise.
+        if batch.teacher_logits.iter().all(|logit| logit.is_finite()) {
+            Ok(batch)
+        } else {
+            self.viewed = None;
+            Err(SynthesisError::Logits)
+        }
     }
 
     /// Whether a warm-started batch is made from noise nevertheless, with a chance that falls as the log grows: images

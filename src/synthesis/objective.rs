@@ -118,6 +118,10 @@ pub struct LossReport {
     /// Names (`cross_entropy`, `tv_l1`, `tv_l2`, `l2`, `r_feature`, `compete`) and unweighted values. `tv_l2` and `l2`
     /// include [`batch_scale`].
     pub terms: Vec<(&'static str, f64)>,
+    /// The share of the batch's images in which the teacher sees the target, 0..1.
+    pub teacher_top1: f64,
+    /// How often since the last report the student's part of an image's gradient was bounded.
+    pub bounded_images: u64,
 }
 
 impl LossReport {
@@ -127,34 +131,59 @@ impl LossReport {
     }
 }
 
+/// How often the student's part of an image's gradient was bounded, counted on the device.
+#[derive(Debug, Default)]
+pub struct Bounded(Option<Tensor>);
+
+impl Bounded {
+    /// Adds those of one step. Does not wait for the device.
+    pub fn count(&mut self, step: &Gradients) {
+        if let Some(bounded) = &step.bounded {
+            let here = bounded.sum(Kind::Double);
+            self.0 = Some(self.0.take().map_or_else(|| here.shallow_clone(), |before| before + &here));
+        }
+    }
+}
+
 /// The loss of one step and its gradients with respect to everything that depends on the images.
 #[derive(Debug)]
 pub struct Gradients {
     /// With respect to the images through the image prior alone, `[N, C, H, W]`; absent without a prior.
     pub images: Option<Tensor>,
-    /// With respect to the teacher's logits, `[N, K]`.
+    /// With respect to the teacher's logits, `[N, K]`; that of R_compete is bounded.
     pub teacher_logits: Tensor,
     /// With respect to the teacher's batch-norm statistics; empty where R_feature has no weight.
     pub statistics: Vec<StatisticsGradient>,
     /// With respect to the student's logits; absent without a student.
     pub student_logits: Option<Tensor>,
+    /// Of which images the student's part was bounded, `[N]`; absent without a student.
+    pub bounded: Option<Tensor>,
+    /// In which images the teacher sees the target, `[N]`.
+    recognized: Tensor,
     total: Tensor,
     terms: Vec<(&'static str, Tensor)>,
 }
 
 impl Gradients {
-    /// The values of the loss. Waits for the device.
-    pub fn report(&self) -> LossReport {
+    /// The values of the loss, and what was bounded since the last report. Waits for the device.
+    pub fn report(&self, bounded: &mut Bounded) -> LossReport {
         let names = self.terms.iter().map(|(name, _)| *name);
-        let values: Vec<Tensor> = std::iter::once(&self.total)
+        let recognized = self.recognized.to_kind(Kind::Double).mean(None);
+        let bounded = bounded.0.take().unwrap_or_else(|| recognized.zeros_like());
+        let values: Vec<Tensor> = [&bounded, &recognized, &self.total]
+            .into_iter()
             .chain(self.terms.iter().map(|(_, value)| value))
             .map(|value| value.to_kind(Kind::Double))
             .collect();
         // One transfer rather than one a term.
         let values: Vec<f64> = Vec::try_from(Tensor::stack(&values, 0)).unwrap_or_default();
+        let mut values = values.into_iter();
+        let mut next = || values.next().unwrap_or(f64::NAN);
         LossReport {
-            total: values.first().copied().unwrap_or(f64::NAN),
-            terms: names.zip(values.into_iter().skip(1)).collect(),
+            bounded_images: next() as u64,
+            teacher_top1: next(),
+            total: next(),
+            terms: names.zip(values).collect(),
         }
     }
 }
@@ -185,11 +214,35 @@ pub fn terms(
     if let Some(value) = r_feature(statistics, settings.first_bn_multiplier) {
         terms.push(("r_feature", settings.r_feature_weight, value));
     }
-    if let Some(student) = student_logits {
-        let value = r_compete(teacher_logits, student, settings.compete_temperature, settings.compete_form);
-        terms.push(("compete", settings.compete_weight, value));
-    }
+    terms.extend(student_logits.map(|student| competition(settings, teacher_logits, student)));
     terms
+}
+
+fn competition(settings: &Settings, teacher_logits: &Tensor, student_logits: &Tensor) -> Term {
+    let value = r_compete(teacher_logits, student_logits, settings.compete_temperature, settings.compete_form);
+    ("compete", settings.compete_weight, value)
+}
+
+/// The steepest that R_compete of weight 1 and temperature 1 may be in the teacher's logits of one image (Euclidean norm).
+/// The Jensen–Shannon divergence never is steeper than 0.7; the KL divergence of a student that learns from the teacher
+/// seldom is, and that of one with logits of 10^4 would be ten thousand.
+const STEEPEST_COMPETITION: f64 = 1.0;
+
+/// A gradient `[N, ...]` with that of each image scaled down to a Euclidean norm of at most `most` (a scalar, or one an
+/// image, `[N]`), and which images that changed, `[N]`. An image whose gradient is not finite gets none.
+pub fn bounded(gradient: &Tensor, most: &Tensor) -> (Tensor, Tensor) {
+    let rows = gradient.flatten(1, -1);
+    let peak = rows.abs().amax([1i64].as_slice(), false);
+    let finite = peak.isfinite();
+    // Divided by its largest element first: the squares of large ones would overflow.
+    let peak = peak.where_self(&finite, &peak.ones_like()).clamp_min(f64::from(f32::MIN_POSITIVE));
+    let unit = &rows / peak.unsqueeze(1);
+    let length = unit.norm_scalaropt_dim(2, [1i64].as_slice(), false);
+    let limit = most / length.clamp_min(1.0);
+    let scaled = (unit * peak.minimum(&limit).unsqueeze(1)).nan_to_num(0.0, Some(0.0), Some(0.0));
+    let changed = peak.gt_tensor(&limit).logical_or(&finite.logical_not());
+    let kept = rows.where_self(&changed.logical_not().unsqueeze(1), &scaled);
+    (kept.view_as(gradient), changed)
 }
 
 /// The weighted sum of [`terms`], a scalar; None of no terms.
@@ -209,7 +262,8 @@ pub fn evaluate(
 ) -> Gradients {
     // Small graphs over leaves of their own; the networks carry these gradients on to the images by hand.
     let leaf = |t: &Tensor| t.detach().set_requires_grad(true);
-    let teacher_logits = leaf(teacher_logits);
+    // The same logits twice: what the competition asks of them is bounded by itself.
+    let (teacher_logits, compared) = (leaf(teacher_logits), leaf(teacher_logits));
     let statistics: Vec<BatchStatistics> = statistics
         .iter()
         .map(|s| BatchStatistics {
@@ -224,19 +278,37 @@ pub fn evaluate(
     let prior_images = prior.then(|| leaf(images));
 
     let images = prior_images.as_ref().unwrap_or(images);
-    let terms = terms(settings, images, targets, &teacher_logits, &statistics, student_logits.as_ref());
+    let mut terms = terms(settings, images, targets, &teacher_logits, &statistics, None);
+    terms.extend(student_logits.as_ref().map(|student| competition(settings, &compared, student)));
     let total = total(&terms).unwrap_or_else(|| teacher_logits.sum(None) * 0.0);
     let mut leaves: Vec<&Tensor> = vec![&teacher_logits];
+    leaves.extend(student_logits.is_some().then_some(&compared));
     leaves.extend(&prior_images);
     leaves.extend(&student_logits);
     leaves.extend(statistics.iter().flat_map(|s| [&s.mean, &s.var]));
     let mut gradients = Tensor::run_backward(&[&total], &leaves, false, false).into_iter();
 
     let mut next = || gradients.next().unwrap_or_default();
-    let teacher_gradient = next();
+    let mut teacher_gradient = next();
+    let mut clipped = None;
+    if student_logits.is_some() {
+        let slope = STEEPEST_COMPETITION * settings.compete_weight / settings.compete_temperature;
+        let (bounded, rows) = bounded(&next(), &Tensor::from(slope / targets.size()[0].max(1) as f64));
+        teacher_gradient += bounded;
+        clipped = Some(rows);
+    }
     let images = prior_images.as_ref().map(|_| next());
     let student_logits = student_logits.map(|_| next());
     let statistics = statistics.iter().map(|_| StatisticsGradient { mean: next(), var: next() }).collect();
     let terms = terms.into_iter().map(|(name, _, value)| (name, value.detach())).collect();
-    Gradients { images, teacher_logits: teacher_gradient, statistics, student_logits, total: total.detach(), terms }
+    Gradients {
+        images,
+        recognized: teacher_logits.argmax(1, false).eq_tensor(targets),
+        teacher_logits: teacher_gradient,
+        statistics,
+        student_logits,
+        bounded: clipped,
+        total: total.detach(),
+        terms,
+    }
 }

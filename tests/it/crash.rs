@@ -104,6 +104,7 @@ async fn open_log(storage: &Storage, max_images: u64, seed_images: u64) -> Arc<L
 async fn open_students(storage: &Storage) -> Arc<StudentStore> {
     let limits = StudentLimits {
         max_bytes: 1 << 24,
+        max_classes: 100,
         max_pushes: 4,
         kept_versions: KEPT as usize,
         idle_timeout: LONG,

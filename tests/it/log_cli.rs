@@ -76,6 +76,7 @@ impl Store {
                 Requirements { num_classes: crate::support::CLASSES, in_channels: crate::support::CHANNELS };
             let limits = StudentLimits {
                 max_bytes: 1 << 24,
+                max_classes: 100,
                 max_pushes: 1,
                 kept_versions: 4,
                 idle_timeout: crate::support::LONG,

@@ -14,6 +14,7 @@ mod objective_golden;
 mod pruning;
 mod pushing;
 mod storage;
+mod students;
 mod subscriptions;
 mod tiers;
 mod training;

@@ -44,7 +44,7 @@ impl Golden {
         let x = self.tensor("x", self.kind);
         let targets = self.tensor("targets", Kind::Int64);
         let (gradient, loss) = adi::image_gradient(&self.teacher, settings, &x, &targets, Some(&self.student));
-        let report = loss.report();
+        let report = loss.report(&mut objective::Bounded::default());
         let value = report.terms.iter().find(|(name, _)| *name == term).unwrap().1 / scale;
         let expected = self.tensor(&format!("{golden}.value"), Kind::Double).double_value(&[0]);
         assert!(
@@ -122,7 +122,7 @@ fn the_weighted_sum_is_the_sum_of_its_terms() {
         terms.reduce(|a, b| a + b).unwrap()
     };
     let total = sum("value").double_value(&[0]);
-    assert!((loss.report().total - total).abs() <= TOLERANCE * total);
+    assert!((loss.report(&mut objective::Bounded::default()).total - total).abs() <= TOLERANCE * total);
     assert!(relative_error(&gradient, &sum("grad")) <= TOLERANCE);
 }
 
@@ -195,7 +195,12 @@ fn gradients_are_right_at_odd_sizes_and_without_folding() {
         let direction = Tensor::randn([4, 2, size[0], size[1]], options);
         let targets = Tensor::from_slice(&[0i64, 1, 2, 0]);
         let settings = Settings { tv_l1_weight: 0.3, ..Settings::preset("cifar10-paper").unwrap() };
-        let total = |x: &Tensor| adi::image_gradient(&teacher, &settings, x, &targets, None).1.report().total;
+        let total = |x: &Tensor| {
+            adi::image_gradient(&teacher, &settings, x, &targets, None)
+                .1
+                .report(&mut objective::Bounded::default())
+                .total
+        };
         let (gradient, _) = adi::image_gradient(&teacher, &settings, &x, &targets, None);
         let slope = (gradient * &direction).sum(Kind::Double).double_value(&[]);
         let step = 1e-6;

@@ -313,8 +313,14 @@ async fn damage(storage: &Storage, other: &Storage) {
 }
 
 async fn open_students(storage: &Storage, kept_versions: usize) -> Arc<StudentStore> {
-    let limits =
-        StudentLimits { max_bytes: 1 << 24, max_pushes: 4, kept_versions, idle_timeout: LONG, push_timeout: LONG };
+    let limits = StudentLimits {
+        max_bytes: 1 << 24,
+        max_classes: 100,
+        max_pushes: 4,
+        kept_versions,
+        idle_timeout: LONG,
+        push_timeout: LONG,
+    };
     let requirements = Requirements { num_classes: CLASSES, in_channels: CHANNELS };
     StudentStore::open(storage.clone(), requirements, limits).await.unwrap()
 }

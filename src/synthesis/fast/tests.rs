@@ -10,6 +10,8 @@ use crate::model::spec::NetworkSpec;
 use crate::model::trainable::{Metadata, TrainableNetwork};
 use crate::synthesis::settings::FastSettings;
 
+mod poison;
+
 const GEOMETRY: Geometry = Geometry { channels: 1, height: 8, width: 8 };
 
 struct Alone;
@@ -117,7 +119,7 @@ fn a_generator_that_is_told_the_class_makes_it() {
     let latent = Tensor::randn([48, 8], (Kind::Float, Device::Cpu));
     let targets = Tensor::arange(48, (Kind::Int64, Device::Cpu)).remainder(3);
     let one_hot = one_hot(&teacher, &settings, &targets);
-    let images = tch::no_grad(|| generator.generator.forward(&latent, one_hot.as_ref()));
+    let images = tch::no_grad(|| generator.learned.generator.forward(&latent, one_hot.as_ref()));
     let scores = teacher.network.logits(&teacher.pixels.normalize_unit(&images)).log_softmax(1, None);
     // The mean score of each class where one is asked for: rows are classes asked for, columns classes seen.
     let seen = scores.view([16, 3, 3]).mean_dim([0i64].as_slice(), false, Kind::Double);
@@ -134,7 +136,7 @@ fn a_reset_renews_the_first_layer_alone() {
     let mut generator = FastGenerator::fresh(&teacher, &settings);
     let _ = batch(&mut generator, &teacher, &settings, 1);
     let copies = |generator: &FastGenerator| -> Vec<Tensor> {
-        generator.generator.parameters().iter().map(|parameter| parameter.detach().copy()).collect()
+        generator.learned.generator.parameters().iter().map(|parameter| parameter.detach().copy()).collect()
     };
     let before = copies(&generator);
     generator.reset();
