@@ -194,6 +194,7 @@ fn run(
         recall,
         adopted: None,
         considered: 0,
+        alone: false,
         told_bounded: 0,
         unreported: None,
         stop,
@@ -277,6 +278,7 @@ impl Production {
             let (outcome, error, pause) = match run {
                 Ok(Ok(batch)) => {
                     vain = Vain::default();
+                    self.world.alone = false;
                     made += self.finish(batch, max_images.map(|most| most - made))?;
                     if self.world.stop.is_cancelled() {
                         return Ok(());

@@ -46,6 +46,10 @@ pub(super) struct World {
     /// The version that was looked at last: adopted, or set aside, or impossible to adopt. Compared with what the channel
     /// holds rather than asking it for a change, since a channel's first value is no change.
     pub considered: u64,
+    /// A student was set aside, and no run has given a batch since: the next one's turn comes when one has. Otherwise
+    /// students that fail and come all the time would leave no run without one, and nobody would ever see an image, or that
+    /// the teacher itself is at fault.
+    pub alone: bool,
     /// The version whose part of a gradient was bounded, and that this was told of.
     pub told_bounded: u64,
     /// The arrival of a student's last byte, and how long ago that was when the newest step began, until the first step
@@ -57,6 +61,9 @@ pub(super) struct World {
 
 impl World {
     fn adopt_newest(&mut self) {
+        if self.alone {
+            return;
+        }
         let Some(student) = self.students.borrow().clone().filter(|student| student.version != self.considered)
         else {
             return;
@@ -83,12 +90,13 @@ impl World {
         gauge!(telemetry::STUDENT_STALENESS_VERSIONS).set(accepted.saturating_sub(adopted) as f64);
     }
 
-    /// Dreams without the student until a newer one comes.
+    /// Dreams without the student until a newer one comes, for one batch at least.
     pub fn set_student_aside(&mut self, why: &'static str) {
         if let Some(adopted) = self.adopted.take() {
             tracing::error!(version = adopted.version, "{why}; dreaming without a student until the next one comes");
             gauge!(telemetry::STUDENT_VERSION_ADOPTED).set(0.0);
             counter!(telemetry::STUDENTS_SET_ASIDE).increment(1);
+            self.alone = true;
         }
     }
 

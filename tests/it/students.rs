@@ -136,6 +136,65 @@ async fn a_student_that_fails_on_the_device_is_set_aside_and_the_engine_lives() 
     until_dreamed_against(&client, 2).await;
 }
 
+/// A student of one feature and many classes, and of a value of its own: a small file whose logits alone fill the memory.
+fn many_classes(classes: usize, value: f32) -> bytes::Bytes {
+    let mut tensors = network(ARCH, CHANNELS, CLASSES, 9);
+    let inner = tensors["layer3.0.conv1.weight"].1.clone();
+    let mut set = |name: &str, shape: Vec<usize>| {
+        let elements: usize = shape.iter().product();
+        tensors.insert(name.into(), (Dtype::F16, shape, half::f16::from_f32(value).to_le_bytes().repeat(elements)));
+    };
+    set("layer3.0.conv2.weight", vec![1, inner[0], 3, 3]);
+    set("layer3.0.shortcut.0.weight", vec![1, inner[1], 1, 1]);
+    for part in ["weight", "bias", "running_mean", "running_var"] {
+        set(&format!("layer3.0.bn2.{part}"), vec![1]);
+        set(&format!("layer3.0.shortcut.1.{part}"), vec![1]);
+    }
+    set("linear.weight", vec![classes, 1]);
+    set("linear.bias", vec![classes]);
+    file(&tensors, &[])
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn students_that_fail_and_come_all_the_time_do_not_keep_images_away() {
+    const CLASSES_IN_VAIN: usize = 1_000_000;
+    let most = CLASSES_IN_VAIN.to_string();
+    let arguments = ["--batch-size", "2048", "--log-max-bytes", "64MiB", "--max-student-classes", &most];
+    let daemon = Daemon::start(&arguments);
+    // 8 GB of logits find no place.
+    let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.child.id())).unwrap();
+    let mapped =
+        status.lines().find_map(|line| line.strip_prefix("VmSize:")?.trim().strip_suffix(" kB")?.parse().ok());
+    let limit = mapped.map(|kib: u64| (kib << 10) + (4 << 30));
+    let pid = rustix::process::Pid::from_raw(daemon.child.id() as i32);
+    let limits = rustix::process::Rlimit { current: limit, maximum: limit };
+    rustix::process::prlimit(pid, rustix::process::Resource::As, limits).unwrap();
+
+    let client = daemon.client().await;
+    let pushing = tokio::spawn(async move {
+        for version in 1.. {
+            // Weights that differ, so that each is a new version.
+            let file = many_classes(CLASSES_IN_VAIN, 1.0 + (version % 500) as f32 / 512.0);
+            push(&client, file).await.unwrap();
+        }
+    });
+    tokio::task::block_in_place(|| {
+        let runs = |outcome: &str| {
+            let series = format!("dreamfeed_synthesis_runs_total{{outcome=\"{outcome}\"}}");
+            daemon.metric(&series).unwrap_or_default()
+        };
+        wait_for("runs that fail", || runs("error") >= 1.0);
+        for _ in 0..2 {
+            let before = (runs("finished"), daemon.metric("dreamfeed_student_version_accepted"));
+            wait_for("a batch in spite of them", || runs("finished") > before.0);
+            wait_for("further pushes", || daemon.metric("dreamfeed_student_version_accepted") > before.1);
+        }
+    });
+    assert_eq!(daemon.get("/readyz").0, 200);
+    assert!(!pushing.is_finished());
+    pushing.abort();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_student_that_costs_too_much_is_refused_with_figure_and_limit() {
     let mut daemon = Daemon::start(&["--batch-size", "8", "--max-images", "8", "--max-student-classes", "12"]);
