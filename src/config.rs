@@ -160,6 +160,9 @@ pub struct StudentOptions {
     /// Pushes under way at one time; each may hold a whole file in memory [default: 4].
     #[arg(id = "students_max_pushes", long = "max-pushes", value_name = "N")]
     pub max_pushes: Option<usize>,
+    /// Fetches of students under way at one time; all of one version share its memory [default: 64].
+    #[arg(id = "students_max_fetches", long = "max-fetches", value_name = "N")]
+    pub max_fetches: Option<usize>,
     /// Newest versions that can still be fetched [default: 3].
     #[arg(id = "students_kept_students", long = "kept-students", value_name = "N")]
     pub kept_versions: Option<usize>,
@@ -283,6 +286,8 @@ pub struct Config {
     pub demand_max_lag: u64,
     /// What pushes may cost.
     pub students: StudentLimits,
+    /// Fetches of students under way at one time.
+    pub max_fetches: usize,
     /// How the daemon's own log lines look.
     pub log_format: LogFormat,
     /// Which of them to write.
@@ -340,6 +345,8 @@ impl Config {
         let (max_streams, ok, problem) = count("max_streams", options.max_streams, 256, 100_000);
         check(ok, problem);
         let (max_pushes, ok, problem) = count("students.max_pushes", options.students.max_pushes, 4, 1024);
+        check(ok, problem);
+        let (max_fetches, ok, problem) = count("students.max_fetches", options.students.max_fetches, 64, 100_000);
         check(ok, problem);
         let (kept_versions, ok, problem) = count("students.kept_versions", options.students.kept_versions, 3, 1024);
         check(ok, problem);
@@ -461,6 +468,7 @@ impl Config {
             drain_timeout,
             liveness_timeout,
             students: StudentLimits { max_bytes, max_classes, max_pushes, kept_versions, idle_timeout, push_timeout },
+            max_fetches,
             log_format: options.log_format.unwrap_or_default(),
             log_filter,
         })

@@ -135,6 +135,9 @@ metrics! {
         "Stored students that turned out to be damaged, and are not used.";
     PUSHES_UNDER_WAY = "dreamfeed_pushes_under_way", Kind::Gauge, Count, "Pushes that hold a slot.";
     PUSHES_CAPACITY = "dreamfeed_pushes_capacity", Kind::Gauge, Count, "The bound on pushes under way.";
+    FETCHES_UNDER_WAY = "dreamfeed_fetches_under_way", Kind::Gauge, Count, "Students that are being sent to whoever fetches them.";
+    FETCHES_CAPACITY = "dreamfeed_fetches_capacity", Kind::Gauge, Count, "The bound on those.";
+    FETCHES_REFUSED = "dreamfeed_fetches_refused_total", Kind::Counter, Count, "Fetches refused because of that bound.";
     RPC_SECONDS = "dreamfeed_rpc_seconds", Kind::Histogram(RPC_BUCKETS), Seconds,
         "Time until a call was answered; for server streams until they opened. method: the service's methods; code: \
          the gRPC status.";

@@ -16,8 +16,8 @@ use crate::{server, telemetry};
 /// For example --batch-size is batch_size under [synthesis], or DREAMFEED_SYNTHESIS_BATCH_SIZE; --listen is listen, or
 /// DREAMFEED_LISTEN; --log-max-bytes is max_bytes under [log], or DREAMFEED_LOG_MAX_BYTES; --demand is mode under
 /// [demand]; and
-/// --max-student-bytes, --max-pushes, --kept-students, --push-idle-timeout and --push-timeout are max_bytes, max_pushes,
-/// kept_versions, idle_timeout and push_timeout under [students].
+/// --max-student-bytes, --max-pushes, --max-fetches, --kept-students, --push-idle-timeout and --push-timeout are max_bytes,
+/// max_pushes, max_fetches, kept_versions, idle_timeout and push_timeout under [students].
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Read settings from this TOML file.

@@ -125,6 +125,9 @@ impl Opened {
         set(telemetry::SUBSCRIBERS_CAPACITY, self.context.max_streams as f64);
         set(telemetry::PUSHES_UNDER_WAY, self.context.students.pushes_under_way() as f64);
         set(telemetry::PUSHES_CAPACITY, self.context.students.limits().max_pushes as f64);
+        let fetches = self.context.max_fetches.saturating_sub(self.context.fetches.available_permits());
+        set(telemetry::FETCHES_UNDER_WAY, fetches as f64);
+        set(telemetry::FETCHES_CAPACITY, self.context.max_fetches as f64);
         set(telemetry::STUDENT_VERSION_ACCEPTED, self.context.students.current_version() as f64);
         set(telemetry::ENGINE_HEARTBEAT_AGE_SECONDS, self.context.engines.heartbeat_age().as_secs_f64());
         // Not when the engine asks: it does not while it waits for the log.
@@ -147,6 +150,7 @@ impl Opened {
         metrics::counter!(telemetry::LOG_EVICTED_CHUNKS).increment(0);
         metrics::counter!(telemetry::LOG_QUARANTINED_CHUNKS).increment(0);
         metrics::counter!(telemetry::STUDENTS_DAMAGED).increment(0);
+        metrics::counter!(telemetry::FETCHES_REFUSED).increment(0);
         metrics::counter!(telemetry::IMAGES_SENT, "kind" => "fresh").increment(0);
         metrics::counter!(telemetry::IMAGES_SENT, "kind" => "replayed").increment(0);
         metrics::counter!(telemetry::BYTES_SENT).increment(0);

@@ -43,6 +43,10 @@ pub struct Context {
     pub storage_fault: watch::Receiver<Option<String>>,
     /// Pushed students.
     pub students: Arc<StudentStore>,
+    /// A permit for each student that is being fetched.
+    pub fetches: Arc<Semaphore>,
+    /// The number of those permits.
+    pub max_fetches: usize,
     /// A permit for each open stream.
     pub streams: Arc<Semaphore>,
     /// The number of those permits.

@@ -155,6 +155,8 @@ impl Daemon {
             delivery,
             storage_fault,
             students: students.clone(),
+            fetches: Arc::new(Semaphore::new(config.max_fetches)),
+            max_fetches: config.max_fetches,
             streams: Arc::new(Semaphore::new(config.max_streams)),
             max_streams: config.max_streams,
             early: Arc::new(Semaphore::new(EARLY_STREAMS)),

@@ -1,8 +1,8 @@
 //! Where accepted versions live: in object storage, one object a version. A create-only put decides the number, so two
 //! pushes, or two daemons, never share one. The newest valid version is held in memory too, for the engine.
 
-use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, PoisonError, Weak};
 use std::time::{Instant, SystemTime};
 
 use bytes::Bytes;
@@ -40,12 +40,23 @@ pub(super) struct Versions {
     /// Every version that lies there, damaged ones too: a number is never given twice.
     known: Mutex<BTreeSet<u64>>,
     current: watch::Sender<Option<Arc<Student>>>,
+    /// Every version that somebody holds: all who read it share one copy.
+    held: std::sync::Mutex<BTreeMap<u64, Weak<Student>>>,
+    /// Taken while an old version is loaded, so that those who ask for it meanwhile find it held.
+    loading: Mutex<()>,
 }
 
 impl Versions {
     /// Opens the versions of a storage; the newest valid one becomes the current one.
     pub async fn open(storage: Storage, kept: usize) -> Result<Self, StorageError> {
-        let this = Self { storage, kept: kept.max(1), known: Mutex::default(), current: watch::Sender::new(None) };
+        let this = Self {
+            storage,
+            kept: kept.max(1),
+            known: Mutex::default(),
+            current: watch::Sender::new(None),
+            held: Default::default(),
+            loading: Mutex::default(),
+        };
         {
             let mut known = this.known.lock().await;
             this.refresh(&mut known).await?;
@@ -80,7 +91,7 @@ impl Versions {
         // Newest first, until one is whole.
         for version in new.iter().rev() {
             if let Some(student) = self.load(*version).await? {
-                self.current.send_replace(Some(Arc::new(student)));
+                self.publish(Arc::new(student));
                 break;
             }
         }
@@ -102,11 +113,35 @@ impl Versions {
         }
     }
 
+    /// The student, while it is kept or somebody still reads it; one copy for all who ask.
     pub async fn get(&self, version: u64) -> Result<Option<Arc<Student>>, StorageError> {
-        match self.current() {
-            Some(current) if current.version == version => Ok(Some(current)),
-            _ => Ok(self.load(version).await?.map(Arc::new)),
+        if let Some(held) = self.held(version) {
+            return Ok(Some(held));
         }
+        let _loading = self.loading.lock().await;
+        if let Some(held) = self.held(version) {
+            return Ok(Some(held));
+        }
+        let student = self.load(version).await?.map(Arc::new);
+        if let Some(student) = &student {
+            self.hold(student);
+        }
+        Ok(student)
+    }
+
+    fn held(&self, version: u64) -> Option<Arc<Student>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner).get(&version).and_then(Weak::upgrade)
+    }
+
+    fn hold(&self, student: &Arc<Student>) {
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        held.retain(|_, student| student.strong_count() > 0);
+        held.insert(student.version, Arc::downgrade(student));
+    }
+
+    fn publish(&self, student: Arc<Student>) {
+        self.hold(&student);
+        self.current.send_replace(Some(student));
     }
 
     /// Decides, numbers and publishes: of two pushes that replace the same version only one can win. The version is
@@ -159,7 +194,7 @@ impl Versions {
                 received_at: candidate.received_at,
             });
             if version == newest {
-                self.current.send_replace(Some(student.clone()));
+                self.publish(student.clone());
             }
             self.retain(&mut known, newest).await;
             return Ok(Accepted { student, already_current: false });

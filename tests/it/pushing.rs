@@ -229,6 +229,50 @@ async fn a_student_comes_back_as_it_went() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn readers_of_an_old_student_share_one_copy_and_are_bounded_in_number() {
+    const READERS: usize = 12;
+    let most = READERS.to_string();
+    let daemon = Daemon::start(&["--batch-size", "8", "--max-images", "8", "--max-fetches", &most]);
+    let client = daemon.client().await;
+    let wide = file(&network("resnet18", CHANNELS, CLASSES, 5), &[]);
+    let size = wide.len() as u64;
+    assert!(size > 40 << 20);
+    within(client.push_student("resnet18", wide, 0, None)).await.unwrap();
+    push(&client, &student(2)).await.unwrap();
+    let before = daemon.resident_bytes();
+
+    let mut readers = Vec::new();
+    for _ in 0..READERS {
+        // A connection each, so that the transport holds nobody back; nobody reads beyond what it holds by itself.
+        let service = daemon.client().await.service();
+        let request = proto::FetchStudentRequest { version: 1 };
+        readers.push(within(async { service.clone().fetch_student(request).await }).await.unwrap().into_inner());
+    }
+    daemon.wait_metric("dreamfeed_fetches_under_way", READERS as f64);
+    assert_eq!(daemon.metric("dreamfeed_fetches_capacity"), Some(READERS as f64));
+    let more = daemon.resident_bytes().saturating_sub(before);
+    assert!(more < 4 * size, "{READERS} readers of a student of {size} bytes took {more}");
+
+    let refused =
+        within(client.service().fetch_student(proto::FetchStudentRequest { version: 0 })).await.unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
+    assert!(refused.message().contains("12 students") && refused.message().contains("max_fetches"), "{refused}");
+    assert_eq!(daemon.metric("dreamfeed_fetches_refused_total"), Some(1.0));
+
+    // Whoever read on gets it whole, and a place that is given back is free.
+    let mut received = 0;
+    while let Some(response) = within(readers[0].message()).await.unwrap() {
+        if let Some(proto::fetch_student_response::Part::Data(piece)) = response.part {
+            received += piece.len() as u64;
+        }
+    }
+    assert_eq!(received, size);
+    drop(readers);
+    daemon.wait_metric("dreamfeed_fetches_under_way", 0.0);
+    assert_eq!(within(client.fetch_student(0)).await.unwrap().unwrap().header.version, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn images_keep_coming_while_students_are_pushed_and_come_to_know_them() {
     // Noise is not made against any student, so this takes the real optimizer.
     let daemon = Daemon::start(&["--synthesizer", "adi", "--batch-size", "4", "--iterations", "2"]);

@@ -119,8 +119,9 @@ class DreamfeedServiceServicer(object):
         """Streams a student back, so that a new or restarted trainer can start from the newest weights: first the header, then
         the file in pieces.
 
-        NOT_FOUND    no student was pushed yet, or the requested version is not held any more.
-        UNAVAILABLE  the daemon's storage does not answer.
+        NOT_FOUND           no student was pushed yet, or the requested version is not held any more.
+        RESOURCE_EXHAUSTED  as many students are being fetched as the daemon sends at one time; retry with back-off.
+        UNAVAILABLE         the daemon's storage does not answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
