@@ -67,7 +67,27 @@ pub enum CheckpointError {
         /// The element.
         value: f64,
     },
+    /// A batch norm's statistics are larger than any trained network's.
+    #[error(
+        "tensor {name} cannot be a trained batch norm's: element {index} is {value}, and at most {limit} is plausible; \
+         take the weights from their source again"
+    )]
+    AbsurdStatistic {
+        /// The tensor.
+        name: String,
+        /// The flat index of the first such element.
+        index: usize,
+        /// The element.
+        value: f64,
+        /// What its absolute value is at most.
+        limit: f64,
+    },
 }
+
+/// The largest `running_var` of a teacher: activations of a million, a thousand times those of networks that take 0..255.
+const MAX_RUNNING_VAR: f64 = 1e12;
+/// The largest absolute `running_mean` of a teacher.
+const MAX_RUNNING_MEAN: f64 = 1e6;
 
 /// One tensor of a [`Checkpoint`]: a view into its bytes.
 #[derive(Clone, Copy, Debug)]
@@ -173,13 +193,7 @@ impl Checkpoint {
     pub fn check_finite(&self) -> Result<(), CheckpointError> {
         for (name, tensor) in self.tensors() {
             let variance = name.ends_with("running_var");
-            let bad = match tensor.dtype {
-                Dtype::F64 => first_bad(tensor.data, f64::from_le_bytes, variance),
-                Dtype::F32 => first_bad(tensor.data, |b| f64::from(f32::from_le_bytes(b)), variance),
-                Dtype::F16 => first_bad(tensor.data, |b| half::f16::from_le_bytes(b).to_f64(), variance),
-                Dtype::BF16 => first_bad(tensor.data, |b| half::bf16::from_le_bytes(b).to_f64(), variance),
-                _ => None,
-            };
+            let bad = first(tensor, |value| !(value as f32).is_finite() || variance && value < 0.0);
             if let Some((index, value)) = bad {
                 let name = name.to_owned();
                 return Err(if value < 0.0 && value.is_finite() && variance {
@@ -187,6 +201,22 @@ impl Checkpoint {
                 } else {
                     CheckpointError::NotFinite { name, index, value }
                 });
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks that running statistics are of a plausible size. They are what a teacher's dreams are drawn to, so damaged
+    /// ones would ruin every image without any error.
+    pub fn check_statistics(&self) -> Result<(), CheckpointError> {
+        for (name, tensor) in self.tensors() {
+            let limit = match name.rsplit('.').next() {
+                Some("running_var") => MAX_RUNNING_VAR,
+                Some("running_mean") => MAX_RUNNING_MEAN,
+                _ => continue,
+            };
+            if let Some((index, value)) = first(tensor, |value| value.abs() > limit) {
+                return Err(CheckpointError::AbsurdStatistic { name: name.to_owned(), index, value, limit });
             }
         }
         Ok(())
@@ -230,11 +260,23 @@ pub fn encode(tensors: &[TensorToWrite<'_>], metadata: &BTreeMap<String, String>
     file
 }
 
-/// The first element that is not finite as f32 or, of a variance, negative.
-fn first_bad<const N: usize>(data: &[u8], read: impl Fn([u8; N]) -> f64, variance: bool) -> Option<(usize, f64)> {
-    let (elements, _) = data.as_chunks::<N>();
-    let bad = |value: f64| !(value as f32).is_finite() || variance && value < 0.0;
-    elements.iter().map(|bytes| read(*bytes)).enumerate().find(|(_, value)| bad(*value))
+/// The first element of a floating-point tensor that is `wanted`, with its flat index.
+fn first(tensor: RawTensor<'_>, wanted: impl Fn(f64) -> bool) -> Option<(usize, f64)> {
+    fn find<const N: usize>(
+        data: &[u8],
+        read: impl Fn([u8; N]) -> f64,
+        wanted: impl Fn(f64) -> bool,
+    ) -> Option<(usize, f64)> {
+        let (elements, _) = data.as_chunks::<N>();
+        elements.iter().map(|bytes| read(*bytes)).enumerate().find(|(_, value)| wanted(*value))
+    }
+    match tensor.dtype {
+        Dtype::F64 => find(tensor.data, f64::from_le_bytes, wanted),
+        Dtype::F32 => find(tensor.data, |b| f64::from(f32::from_le_bytes(b)), wanted),
+        Dtype::F16 => find(tensor.data, |b| half::f16::from_le_bytes(b).to_f64(), wanted),
+        Dtype::BF16 => find(tensor.data, |b| half::bf16::from_le_bytes(b).to_f64(), wanted),
+        _ => None,
+    }
 }
 
 /// Lower-case hexadecimal digits.

@@ -153,6 +153,7 @@ impl NetworkSource {
         let spec = NetworkSpec::from_checkpoint(&arch, &checkpoint)
             .map_err(|error| SourceError::Spec { path: path.to_owned(), cause: Box::new(error) })?;
         checkpoint.check_finite().map_err(unusable)?;
+        checkpoint.check_statistics().map_err(unusable)?;
 
         let (Some(mean), Some(std)) = (list(&options.mean, "mean")?, list(&options.std, "std")?) else {
             return Err(SourceError::NoNormalization(path.to_owned()));
@@ -168,6 +169,10 @@ impl NetworkSource {
         }
         if mean.iter().any(|m| !m.is_finite()) || std.iter().any(|s| !s.is_finite() || *s <= 0.0) {
             problems.push(format!("mean is {mean:?} and std is {std:?}; mean must be finite and std positive"));
+        } else if mean.iter().any(|m| m.abs() > 1.0) || std.iter().any(|s| *s > 1.0) {
+            problems.push(format!(
+                "mean is {mean:?} and std is {std:?}; give them in units of pixel / 255, for example 0.485"
+            ));
         }
         let size = list(&options.image_size, "image_size")?.unwrap_or_else(|| vec![32.0, 32.0]);
         let whole = |v: &f32| (1.0..=4096.0).contains(v) && v.fract() == 0.0;

@@ -358,6 +358,52 @@ fn a_teacher_that_does_not_fit_is_refused_with_every_tensor_named() {
 }
 
 #[test]
+fn an_odd_teacher_is_refused_at_the_start_wherever_it_is_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("odd.safetensors");
+    let write = |statistic: Option<(&str, f32)>, mean: &str, std: &str| {
+        let mut tensors = network(ARCH, CHANNELS, CLASSES, 1);
+        if let Some((name, value)) = statistic {
+            tensors.get_mut(name).unwrap().2[4..8].copy_from_slice(&value.to_le_bytes());
+        }
+        std::fs::write(&path, file(&tensors, &[("arch", ARCH), ("mean", mean), ("std", std), ("image_size", "8,8")]))
+            .unwrap();
+    };
+    let dream = |more: &[&str]| {
+        let mut command = dreamfeed(&["dream", "--device", "cpu", "--threads", "1", "--targets", "3"]);
+        command.args(ADI).arg("--teacher").arg(&path).args(more).output().unwrap()
+    };
+    let refused = |parts: &[&str]| {
+        let data = folder.path().join("data.bin");
+        std::fs::write(&data, [0; 65]).unwrap();
+        let mut evaluate = dreamfeed(&["evaluate", "--device", "cpu", "--model"]);
+        let evaluate = evaluate.arg(&path).arg("--data").arg(&data).output().unwrap();
+        let mut serve = serve_command(folder.path(), &["--teacher", path.to_str().unwrap()]);
+        for (tool, output) in [("dream", dream(&[])), ("evaluate", evaluate), ("serve", serve.output().unwrap())] {
+            let error = text(&output.stderr);
+            assert!(!output.status.success(), "{tool}: {error}");
+            assert!(parts.iter().all(|part| error.contains(part)), "{tool}: {parts:?} are not all in {error}");
+        }
+    };
+    for (name, value, parts) in [
+        ("bn1.running_var", -1.0, ["element 1 is -1", "never negative"]),
+        ("layer1.0.bn2.running_var", 2e12, ["element 1 is 1999999991808", "at most 1000000000000"]),
+        ("layer3.0.bn1.running_mean", -2e6, ["element 1 is -2000000", "at most 1000000"]),
+    ] {
+        write(Some((name, value)), "0.5", "0.25");
+        refused(&[name, parts[0], parts[1]]);
+    }
+    for (mean, std) in [("123.675", "0.25"), ("-2", "0.25"), ("0.5", "58.4")] {
+        write(None, mean, std);
+        refused(&[mean, std, "units of pixel / 255"]);
+    }
+    // What is wrong in the file is put right by flags, and the largest plausible numbers are taken.
+    succeeded(dream(&["--mean", "0.5", "--std", "0.25"]));
+    write(Some(("layer1.0.bn2.running_var", 1e12)), "-1", "1");
+    succeeded(dream(&[]));
+}
+
+#[test]
 fn dream_makes_images_and_a_grid_that_a_seed_decides() {
     let folder = tempfile::tempdir().unwrap();
     let teacher = write_teacher(folder.path());
