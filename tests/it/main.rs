@@ -8,6 +8,7 @@ mod continual;
 mod crash;
 mod delivery;
 mod faults;
+mod identity;
 mod lifecycle;
 mod log_cli;
 mod objective_golden;
