@@ -4,6 +4,8 @@
 - :class:`Client`: ``describe``, ``push_student``, ``fetch_student``, ``set_synthesizer``.
 - :class:`StudentPusher`: pushes the student in the background of the training loop.
 - :class:`TrainingCheckpoint` and :func:`save_student`: what a training goes on from, and what it is for.
+- :func:`save_network`, :func:`load_network`: any classifier as operations and tensors in one file, and back; the daemon
+  does not read such a file yet.
 - :mod:`dreamfeed.convert`: PyTorch checkpoints to the safetensors files that the daemon reads.
 - :mod:`dreamfeed.lightning`: a callback for Lightning.
 
@@ -36,6 +38,8 @@ from dreamfeed.errors import (
     StudentPushWarning,
     UnavailableError,
 )
+from dreamfeed.graph import GraphError, load_network
+from dreamfeed.network import save_network
 from dreamfeed.pusher import StudentPusher
 from dreamfeed.stream import DreamStream, merge_states
 
@@ -52,6 +56,7 @@ __all__ = [
     "DataLossError",
     "DreamStream",
     "DreamfeedError",
+    "GraphError",
     "InvalidRequestError",
     "LogInfo",
     "NotFoundError",
@@ -67,6 +72,8 @@ __all__ = [
     "Tls",
     "TrainingCheckpoint",
     "UnavailableError",
+    "load_network",
     "merge_states",
+    "save_network",
     "save_student",
 ]
