@@ -69,7 +69,7 @@ metrics! {
     STUDENTS_SET_ASIDE = "dreamfeed_students_set_aside_total", Kind::Counter, Count,
         "Students that were adopted and are not used any more, because no run against them succeeded or the generator collapsed.";
     STUDENT_BOUNDED_IMAGES = "dreamfeed_student_bounded_images_total", Kind::Counter, Count,
-        "How often the student's part of an image's gradient was bounded, because it was far above the teacher's.";
+        "How often the student's part of an image's gradient was bounded, because it was above the teacher's.";
     GENERATOR_RESTORES = "dreamfeed_generator_restores_total", Kind::Counter, Count,
         "How often the generator went back to its last good state, because the teacher did not recognize its images any more.";
     TEACHER_TOP1 = "dreamfeed_teacher_top1_ratio", Kind::Gauge, Count,
