@@ -6,19 +6,32 @@ use metrics::counter;
 use tokio::sync::watch;
 
 use crate::model::checkpoint::Checkpoint;
-use crate::storage::{Created, Storage, StorageError, blocking, number, numbered};
+use crate::storage::{Created, Storage, StorageError, blocking};
+use crate::store::{GENERATORS, Object};
 use crate::telemetry;
 
-const FOLDER: &str = "generators/";
 /// So many stay: the newest, and one more should it be damaged.
 const KEPT: u64 = 2;
 
 fn name(number: u64) -> String {
-    numbered(FOLDER, number)
+    Object::Generator(number).name()
 }
 
 async fn numbers(storage: &Storage) -> Result<Vec<u64>, StorageError> {
-    Ok(storage.list(FOLDER, None).await?.iter().filter_map(|found| number(FOLDER, &found.name)).collect())
+    let number = |name: &str| match Object::named(name) {
+        Some(Object::Generator(number)) => Some(number),
+        _ => None,
+    };
+    Ok(storage.list(GENERATORS, None).await?.iter().filter_map(|found| number(&found.name)).collect())
+}
+
+/// What is wrong with a save; None where it is whole.
+async fn problem(file: Bytes) -> Option<String> {
+    match blocking(move || Checkpoint::parse(file).and_then(|file| file.check_finite())).await {
+        Ok(Ok(())) => None,
+        Ok(Err(error)) => Some(error.to_string()),
+        Err(error) => Some(error),
+    }
 }
 
 /// The newest generator that is whole.
@@ -26,14 +39,24 @@ pub async fn newest(storage: &Storage) -> Result<Option<Bytes>, StorageError> {
     for number in numbers(storage).await?.into_iter().rev() {
         let name = name(number);
         let Some(file) = storage.get(&name).await? else { continue };
-        let parsed = file.clone();
-        match blocking(move || Checkpoint::parse(parsed).and_then(|file| file.check_finite())).await {
-            Ok(Ok(())) => return Ok(Some(file)),
-            Ok(Err(error)) => tracing::error!(%name, %error, "a stored generator is damaged, and is not used"),
-            Err(error) => tracing::error!(%name, %error, "a stored generator could not be checked"),
+        match problem(file.clone()).await {
+            None => return Ok(Some(file)),
+            Some(problem) => tracing::error!(%name, problem, "a stored generator is damaged, and is not used"),
         }
     }
     Ok(None)
+}
+
+/// Reads every stored generator, and says which are damaged: name and problem. Changes nothing.
+pub async fn audit(storage: &Storage) -> Result<Vec<(String, String)>, StorageError> {
+    let mut damaged = Vec::new();
+    for number in numbers(storage).await? {
+        let name = name(number);
+        // One that is gone since the listing made place for newer ones.
+        let Some(file) = storage.get(&name).await? else { continue };
+        damaged.extend(problem(file).await.map(|problem| (name, problem)));
+    }
+    Ok(damaged)
 }
 
 /// Stores what comes, newest first, until no more can come. Losing one costs a few batches of learning and no image, so

@@ -14,6 +14,7 @@ pub mod model;
 pub mod native;
 pub mod server;
 pub mod storage;
+pub mod store;
 pub mod students;
 pub mod synthesis;
 pub mod telemetry;

@@ -3,36 +3,31 @@
 //! The contract that the log and the student store build on is small: an object is written once, whole or not at all,
 //! under a name that only one writer can win ([`Storage::create`]), and it is durable when that returns. Everything else
 //! (`object_store` does the work) is reading, listing and deleting.
+//!
+//! Two things are proven, not believed. A store whose server overwrites what it should not is refused when it is opened
+//! ([`Storage::prove`]). And a storage that is [guarded](Storage::guarded) changes nothing once its store is gone or
+//! another has taken its place.
+
+mod folder;
+mod location;
 
 use std::fmt;
 use std::ops::Range;
-use std::path::{Path as FilePath, PathBuf};
-use std::sync::{Arc, Once};
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
-use futures_util::TryStreamExt;
-use object_store::aws::AmazonS3Builder;
-use object_store::azure::MicrosoftAzureBuilder;
-use object_store::gcp::GoogleCloudStorageBuilder;
-use object_store::local::LocalFileSystem;
-use object_store::memory::InMemory;
+use futures_util::{StreamExt, TryStreamExt, stream};
 use object_store::path::Path;
-use object_store::{
-    ClientOptions, GetOptions, GetRange, ObjectStore, ObjectStoreExt, ObjectStoreScheme, PutMode, PutOptions,
-    RetryConfig,
-};
-use url::Url;
+use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutOptions};
+
+pub(crate) use folder::staged_for;
 
 /// No call to a store takes longer than this: a hung disk or bucket is a fault to report, not a wait for ever.
 const CALL_TIMEOUT: Duration = Duration::from_secs(60);
-/// One request to a bucket; a store that is merely slow answers within this.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(20);
-/// Retries within one call are few: whoever calls retries too, and says so in metrics.
-const RETRIES: usize = 2;
-const RETRY_TIMEOUT: Duration = Duration::from_secs(15);
-/// A staged file of a local folder this old was left by a process that died in the middle of a put.
-const STAGED_AGE: Duration = Duration::from_secs(600);
+/// Objects of a bucket that are read at one time.
+const READERS: usize = 32;
 
 /// Why a call to the storage failed.
 #[derive(Debug, thiserror::Error)]
@@ -57,14 +52,37 @@ pub enum StorageError {
         /// What the store said.
         problem: String,
     },
+    /// The store is not there any more, or another one is.
+    #[error(
+        "the store {location} is not the one that this daemon opened: {name} {problem}; nothing is written, moved or \
+         deleted there until it is back; bring it back, or restart the daemon to use what is there now"
+    )]
+    Replaced {
+        /// The store.
+        location: String,
+        /// The object that tells.
+        name: String,
+        /// What became of it.
+        problem: &'static str,
+    },
+    /// The store does not keep the contract.
+    #[error(
+        "the store {location} cannot be used: its server overwrote an object although it was asked to write only a name \
+         that is free (a PUT with If-None-Match: *), so two daemons would overwrite each other's images; use a store that \
+         does conditional writes (AWS S3, Google Cloud Storage, Azure, a current MinIO or Ceph), or a folder"
+    )]
+    Unfit {
+        /// The store.
+        location: String,
+    },
 }
 
 /// Whether a create won its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Created {
-    /// The object is there, durable, and ours.
+    /// The object is there, durable, and ours, be it by this call or by an earlier one whose answer was lost.
     Yes,
-    /// The name was taken already. By whom is for the caller to find out: also our own put whose answer was lost.
+    /// The name is another object's.
     Taken,
 }
 
@@ -75,8 +93,22 @@ pub struct Found {
     pub name: String,
     /// Its size.
     pub bytes: u64,
-    /// When it was written.
-    pub modified: SystemTime,
+}
+
+/// Anything that lies in a store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lying {
+    /// Its name within the store, with a slash behind it where it is a folder; what is no UTF-8 in it is replaced.
+    pub name: String,
+    /// Whether it can be an object at all: a file, with a name that is UTF-8.
+    pub is_object: bool,
+}
+
+/// What tells a store from another in the same place.
+#[derive(Debug)]
+struct Guard {
+    name: &'static str,
+    object: Bytes,
 }
 
 /// A folder or a bucket. Cheap to clone.
@@ -86,6 +118,7 @@ pub struct Storage {
     root: Path,
     folder: Option<PathBuf>,
     location: Arc<str>,
+    guard: Option<Arc<Guard>>,
 }
 
 impl fmt::Debug for Storage {
@@ -95,99 +128,46 @@ impl fmt::Debug for Storage {
 }
 
 impl Storage {
-    /// Opens a location: a folder (made where it is missing), `file://`, `s3://bucket/prefix`, `gs://`, `az://`, or
-    /// `memory:`, which is gone with the process. Credentials and endpoints of buckets come from the environment under
-    /// their vendors' usual names (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT`, `GOOGLE_SERVICE_ACCOUNT`,
-    /// `AZURE_STORAGE_ACCOUNT_NAME`, ...).
-    pub fn open(location: &str) -> Result<Self, StorageError> {
-        Self::open_or(location, |folder| {
-            if folder.is_file() {
-                return Err("it is a file; give a folder".into());
-            }
-            std::fs::create_dir_all(folder).map_err(|e| format!("the folder cannot be made: {e}"))
-        })
-    }
-
-    /// As [`Self::open`], for whoever only looks: a folder that is not there is an error, and is not made.
-    pub fn open_existing(location: &str) -> Result<Self, StorageError> {
-        Self::open_or(location, |folder| match folder.is_dir() {
-            true => Ok(()),
-            false => Err("there is no such folder".into()),
-        })
-    }
-
-    fn open_or(location: &str, prepare: impl Fn(&FilePath) -> Result<(), String>) -> Result<Self, StorageError> {
-        let refused = |problem: String| StorageError::Location { location: location.to_owned(), problem };
-        if location.is_empty() {
-            return Err(refused("give a folder or a URL, for example ./dreams or s3://bucket/dreams".into()));
-        }
-        if location == "memory:" {
-            return Ok(Self::new(Arc::new(InMemory::new()), Path::default(), None, location));
-        }
-        if !location.contains("://") {
-            return Self::open_folder(FilePath::new(location), location, prepare);
-        }
-        let url = Url::parse(location).map_err(|e| refused(format!("it is no URL: {e}")))?;
-        let known = "give a folder, file://, s3://, gs://, az:// or memory:";
-        let (scheme, root) = ObjectStoreScheme::parse(&url).map_err(|e| refused(format!("{e}; {known}")))?;
-        let retry = RetryConfig { max_retries: RETRIES, retry_timeout: RETRY_TIMEOUT, backoff: Default::default() };
-        let options = || ClientOptions::new().with_timeout(REQUEST_TIMEOUT).with_connect_timeout(REQUEST_TIMEOUT / 4);
-        let failed = |e: object_store::Error| refused(root_cause(&e));
-        use_ring();
-        let store: Arc<dyn ObjectStore> = match scheme {
-            ObjectStoreScheme::Local => {
-                let folder = url.to_file_path().map_err(|()| refused("it names no folder of this machine".into()))?;
-                return Self::open_folder(&folder, location, prepare);
-            }
-            ObjectStoreScheme::AmazonS3 => {
-                // from_env reads AWS_ALLOW_HTTP only as a client option, which our own options replace.
-                let allow_http = std::env::var("AWS_ALLOW_HTTP").is_ok_and(|value| value == "true" || value == "1");
-                let builder = AmazonS3Builder::from_env()
-                    .with_url(location)
-                    .with_retry(retry)
-                    .with_client_options(options().with_allow_http(allow_http));
-                Arc::new(builder.build().map_err(failed)?)
-            }
-            ObjectStoreScheme::GoogleCloudStorage => {
-                let builder = GoogleCloudStorageBuilder::from_env()
-                    .with_url(location)
-                    .with_retry(retry)
-                    .with_client_options(options());
-                Arc::new(builder.build().map_err(failed)?)
-            }
-            ObjectStoreScheme::MicrosoftAzure => {
-                let builder = MicrosoftAzureBuilder::from_env()
-                    .with_url(location)
-                    .with_retry(retry)
-                    .with_client_options(options());
-                Arc::new(builder.build().map_err(failed)?)
-            }
-            _ => return Err(refused(format!("{} stores are not supported; {known}", url.scheme()))),
-        };
-        Ok(Self::new(store, root, None, location))
-    }
-
-    fn open_folder(
-        folder: &FilePath,
-        location: &str,
-        prepare: impl Fn(&FilePath) -> Result<(), String>,
-    ) -> Result<Self, StorageError> {
-        let refused = |problem: String| StorageError::Location { location: location.to_owned(), problem };
-        prepare(folder).map_err(refused)?;
-        let store = LocalFileSystem::new_with_prefix(folder).map_err(|e| refused(root_cause(&e)))?.with_fsync(true);
-        Ok(Self::new(Arc::new(store), Path::default(), Some(folder.to_owned()), location))
-    }
-
-    fn new(store: Arc<dyn ObjectStore>, root: Path, folder: Option<PathBuf>, location: &str) -> Self {
-        Self { store, root, folder, location: location.into() }
-    }
-
     /// The same storage, every read of which takes this long.
     #[cfg(test)]
     pub(crate) fn slowed(&self, wait: Duration) -> Self {
         let config = object_store::throttle::ThrottleConfig { wait_get_per_call: wait, ..Default::default() };
         let store = object_store::throttle::ThrottledStore::new(self.store.clone(), config);
         Self { store: Arc::new(store), ..self.clone() }
+    }
+
+    /// The same storage, which from now on writes, moves and deletes only while this object is what it is now.
+    pub fn guarded(&self, name: &'static str, object: Bytes) -> Self {
+        Self { guard: Some(Arc::new(Guard { name, object })), ..self.clone() }
+    }
+
+    /// Whether it still is the store that it was when it was guarded; always, where it is not guarded.
+    pub async fn check(&self) -> Result<(), StorageError> {
+        let Some(guard) = &self.guard else { return Ok(()) };
+        let problem = match self.get(guard.name).await? {
+            Some(object) if object == guard.object => return Ok(()),
+            Some(_) => "is another store's",
+            None => "is gone",
+        };
+        Err(StorageError::Replaced { location: self.location.to_string(), name: guard.name.to_owned(), problem })
+    }
+
+    /// Proves that a name has one winner: of two puts under a new name the second must be refused.
+    pub async fn prove(&self, name: &str) -> Result<(), StorageError> {
+        let puts = async {
+            if self.create(name, Bytes::from_static(b"first")).await? == Created::Taken {
+                return Err(self.failed("write", name, "its name is new, and was taken all the same".into()));
+            }
+            match self.put(name, Bytes::from_static(b"second")).await? {
+                Created::Taken => Ok(()),
+                Created::Yes => Err(StorageError::Unfit { location: self.location.to_string() }),
+            }
+        };
+        let proven = puts.await;
+        match self.delete(name).await {
+            Err(error) if proven.is_ok() => Err(error),
+            _ => proven,
+        }
     }
 
     /// Where it is, as it was given.
@@ -218,8 +198,26 @@ impl Storage {
     }
 
     /// Writes an object under a name that nobody has taken yet. When this returns [`Created::Yes`] it is whole, durable
-    /// and visible. An error leaves open whether it was written: create it again and look who has the name.
+    /// and visible. Where the answer to a put was lost, what lies under the name decides. After an error it may still
+    /// arrive: create it again, with the same bytes.
     pub async fn create(&self, name: &str, object: Bytes) -> Result<Created, StorageError> {
+        self.check().await?;
+        let put = self.put(name, object.clone()).await;
+        if let Ok(Created::Yes) = put {
+            return Ok(Created::Yes);
+        }
+        // An attempt whose answer was lost is tried again below us, and then finds its own object.
+        match self.get(name).await {
+            Ok(Some(found)) if found == object => Ok(Created::Yes),
+            Ok(Some(_)) => Ok(Created::Taken),
+            // Taken, and gone since.
+            Ok(None) => put,
+            Err(error) => Err(put.err().unwrap_or(error)),
+        }
+    }
+
+    /// One create-only put, its answer taken at its word.
+    async fn put(&self, name: &str, object: Bytes) -> Result<Created, StorageError> {
         let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
         let path = self.path(name);
         let put = async {
@@ -246,20 +244,36 @@ impl Storage {
         self.bounded("read", name, async { self.store.get_opts(&path, options).await?.bytes().await }).await
     }
 
-    /// Every object under a prefix that ends in a slash, in order of name; with `after`, only the names behind that one.
-    /// Where an object is in the list, so is every one with a smaller name that was there before it and still is.
-    pub async fn list(&self, prefix: &str, after: Option<&str>) -> Result<Vec<Found>, StorageError> {
-        let mut found = self.list_once(prefix, after).await?;
-        if let (Some(newest), true) = (found.last().map(|found| found.name.clone()), self.folder.is_some()) {
-            // A folder is not read at one instant: of two files that are made meanwhile, the later one may show and the
-            // earlier one not. Whatever was there before the newest one shows in a second look.
-            let again = self.list_once(prefix, after).await?;
-            found = again.into_iter().filter(|found| found.name <= newest).collect();
-        }
-        Ok(found)
+    /// The size of an object; None where there is none of that name.
+    pub async fn size(&self, name: &str) -> Result<Option<u64>, StorageError> {
+        let path = self.path(name);
+        self.bounded("read", name, async { Ok(self.store.head(&path).await?.size) }).await
     }
 
-    async fn list_once(&self, prefix: &str, after: Option<&str>) -> Result<Vec<Found>, StorageError> {
+    /// The first bytes of each of many objects, in the order of their names; None where there is none of that name.
+    pub(crate) async fn heads(&self, names: Vec<String>, bytes: u64) -> Result<Vec<Option<Bytes>>, StorageError> {
+        if self.folder.is_some() {
+            let name = names.first().cloned().unwrap_or_default();
+            return self.in_folder("read", &name, move |root| folder::heads(root, &names, bytes)).await;
+        }
+        let reads = stream::iter(names).map(|name| async move { self.get_range(&name, 0..bytes).await });
+        reads.buffered(READERS).try_collect().await
+    }
+
+    /// The objects directly under a prefix that ends in a slash, in order of name; with `after`, only the names behind
+    /// that one. Where an object is in the list, so is every one with a smaller name that was there before it and still
+    /// is. What cannot be an object is not in the list: [`Self::everything`] has it.
+    pub async fn list(&self, prefix: &str, after: Option<&str>) -> Result<Vec<Found>, StorageError> {
+        if self.folder.is_some() {
+            let (below, after) = (prefix.to_owned(), after.map(str::to_owned));
+            return self.in_folder("list", prefix, move |root| folder::list(root, &below, after.as_deref())).await;
+        }
+        let found = self.list_all(prefix, after).await?;
+        Ok(found.into_iter().filter(|found| found.name.rfind('/') == prefix.rfind('/')).collect())
+    }
+
+    /// Every object of a bucket under a prefix, in order of name.
+    async fn list_all(&self, prefix: &str, after: Option<&str>) -> Result<Vec<Found>, StorageError> {
         let (folder, root) = (self.path(prefix), self.root.clone());
         let listing = async {
             let stream = match after {
@@ -276,99 +290,66 @@ impl Storage {
             .filter_map(|meta| {
                 let parts: Vec<String> =
                     meta.location.prefix_match(&root)?.map(|part| part.as_ref().to_owned()).collect();
-                Some(Found { name: parts.join("/"), bytes: meta.size, modified: meta.last_modified.into() })
+                Some(Found { name: parts.join("/"), bytes: meta.size })
             })
             .collect();
         found.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(found)
     }
 
-    /// The name of everything that lies there, also of what [`Self::list`] leaves out: the staged files of a folder. What
-    /// may not be looked into (a disk's lost+found) is left out.
-    pub async fn names(&self) -> Result<Vec<String>, StorageError> {
-        let Some(folder) = self.folder.clone() else {
-            return Ok(self.list("", None).await?.into_iter().map(|found| found.name).collect());
-        };
-        let walk = move || {
-            let mut names = Vec::new();
-            walk(&folder, &mut |path, _| {
-                let parts = path.strip_prefix(&folder).into_iter().flatten();
-                names.push(parts.map(|part| part.to_string_lossy()).collect::<Vec<_>>().join("/"));
-            });
-            names.sort();
-            names
-        };
-        blocking(walk).await.map_err(|problem| self.failed("list", "everything", problem))
+    /// Whatever lies in a store of these folders, also what cannot be an object, and the staged files of a folder. Of a
+    /// folder that is none of these only its name; a disk's lost+found is left out.
+    pub async fn everything(&self, folders: &'static [&'static str]) -> Result<Vec<Lying>, StorageError> {
+        if self.folder.is_some() {
+            return self.in_folder("list", "everything", |root| folder::everything(root, folders)).await;
+        }
+        let found = self.list_all("", None).await?;
+        Ok(found.into_iter().map(|found| Lying { name: found.name, is_object: true }).collect())
     }
 
     /// Removes an object; one that is not there is no error.
     pub async fn delete(&self, name: &str) -> Result<(), StorageError> {
+        self.check().await?;
         let path = self.path(name);
         self.bounded("delete", name, self.store.delete(&path)).await.map(drop)
     }
 
     /// Moves an object aside, replacing what was there.
     pub async fn rename(&self, from: &str, to: &str) -> Result<(), StorageError> {
+        self.check().await?;
         let (source, target) = (self.path(from), self.path(to));
         self.bounded("move", from, self.store.rename(&source, &target)).await.map(drop)
     }
 
-    /// Frees what processes left behind that died in the middle of a put. Only folders have such remains: a bucket shows
-    /// nothing of an upload that did not end.
-    pub async fn sweep(&self) {
-        let Some(folder) = self.folder.clone() else { return };
-        let _ = tokio::task::spawn_blocking(move || sweep_folder(&folder, SystemTime::now())).await;
+    /// Frees what processes left in these folders that died in the middle of a put. Only folders have such remains: a
+    /// bucket shows nothing of an upload that did not end.
+    pub async fn sweep(&self, folders: &'static [&'static str]) -> Result<(), StorageError> {
+        if self.folder.is_none() {
+            return Ok(());
+        }
+        self.check().await?;
+        self.in_folder("sweep", "staged files", |root| folder::sweep(root, folders, SystemTime::now())).await
     }
-}
 
-/// The name of an object that a number tells apart in its folder, which ends in a slash; the order of names is that of the
-/// numbers.
-pub(crate) fn numbered(folder: &str, number: u64) -> String {
-    format!("{folder}{number:020}.safetensors")
-}
-
-/// The number in such a name; None where it is no such name, or its number leaves none to count on to.
-pub(crate) fn number(folder: &str, name: &str) -> Option<u64> {
-    let digits = name.strip_prefix(folder)?.strip_suffix(".safetensors")?;
-    let number = (digits.len() == 20).then(|| digits.parse().ok()).flatten()?;
-    (number < i64::MAX as u64).then_some(number)
+    /// Work on the folder that it is, away from the runtime's threads.
+    async fn in_folder<T: Send + 'static>(
+        &self,
+        action: &'static str,
+        name: &str,
+        work: impl FnOnce(&std::path::Path) -> std::io::Result<T> + Send + 'static,
+    ) -> Result<T, StorageError> {
+        let root = self.folder.clone().unwrap_or_default();
+        let work = blocking(move || work(&root).map_err(|error| error.to_string()));
+        match tokio::time::timeout(CALL_TIMEOUT, work).await {
+            Ok(done) => done.and_then(|done| done).map_err(|problem| self.failed(action, name, problem)),
+            Err(_) => Err(self.failed(action, name, format!("no answer after {} s", CALL_TIMEOUT.as_secs()))),
+        }
+    }
 }
 
 /// Runs what would hold up the runtime's threads elsewhere; the error is that it did not end.
 pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, String> {
     tokio::task::spawn_blocking(work).await.map_err(|e| format!("a task of this process did not end: {e}"))
-}
-
-/// The object that a file was staged for: the staged files of `object_store` are named NAME#NUMBER beside the object that
-/// they were to become.
-pub(crate) fn staged_for(name: &str) -> Option<&str> {
-    let (folder, file) = name.rsplit_once('/').map_or((0, name), |(folder, file)| (folder.len() + 1, file));
-    let (object, number) = file.split_once('#')?;
-    let staged = !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit());
-    staged.then(|| name.get(..folder + object.len())).flatten()
-}
-
-/// Every file below a folder. Links are not followed.
-fn walk(folder: &FilePath, visit: &mut impl FnMut(&FilePath, &std::fs::DirEntry)) {
-    let Ok(entries) = std::fs::read_dir(folder) else { return };
-    for entry in entries.flatten() {
-        match entry.file_type() {
-            Ok(kind) if kind.is_dir() => walk(&entry.path(), visit),
-            Ok(kind) if kind.is_file() => visit(&entry.path(), &entry),
-            _ => {}
-        }
-    }
-}
-
-fn sweep_folder(folder: &FilePath, now: SystemTime) {
-    walk(folder, &mut |path, entry| {
-        let staged = staged_for(&entry.file_name().to_string_lossy()).is_some();
-        let modified = entry.metadata().and_then(|meta| meta.modified());
-        let old = modified.is_ok_and(|at| now.duration_since(at).is_ok_and(|age| age > STAGED_AGE));
-        if staged && old && std::fs::remove_file(path).is_ok() {
-            tracing::info!(path = %path.display(), "removed what a put left that was broken off");
-        }
-    });
 }
 
 /// The innermost sentence: outer ones repeat names and say "Generic error".
@@ -379,12 +360,4 @@ fn root_cause(error: &object_store::Error) -> String {
     }
     let text: String = cause.to_string().chars().map(|c| if c.is_control() { ' ' } else { c }).take(500).collect();
     text
-}
-
-/// The provider that rustls takes where a library asks for none by name.
-fn use_ring() {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| {
-        let _ = rustls::crypto::ring::default_provider().install_default();
-    });
 }

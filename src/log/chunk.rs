@@ -16,6 +16,7 @@ use uuid::Uuid;
 use super::{LogIdentity, Origin};
 use crate::model::checkpoint::{Checkpoint, CheckpointError, TensorToWrite, encode, hex};
 use crate::model::source::Geometry;
+use crate::store::SEQUENCES;
 use crate::synthesis::batch::DreamBatch;
 use crate::synthesis::settings::SynthesizerKind;
 
@@ -27,8 +28,6 @@ pub const FORMAT: &str = "dreamfeed.chunk.v1";
 /// the index wants to know.
 const ORDER: [&str; 5] = ["labels", "student_version", "competition", "teacher_logits", "images"];
 
-/// No sequence is so large: the contract's `sequence` is an i64, and nothing that counts on from a chunk may overflow.
-pub(super) const SEQUENCES: u64 = i64::MAX as u64;
 /// A divergence is at most ln 2; so much more may come from rounding.
 const MOST_COMPETITION: f32 = std::f32::consts::LN_2 + 1e-3;
 

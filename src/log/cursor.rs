@@ -8,7 +8,7 @@ use bytes::Bytes;
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
-use super::chunk::SEQUENCES;
+use crate::store::SEQUENCES;
 
 const VERSION: u8 = 1;
 const BODY: usize = 25;

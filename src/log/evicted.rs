@@ -1,27 +1,83 @@
 //! What retention let go of, on record: a stretch is written down before its chunks are deleted. So a hole in the log that
 //! no record covers is a loss, and whoever looks at a log from outside can tell the two apart.
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+
 use bytes::Bytes;
 
-use super::open::{EVICTED, evicted_name, stretch};
 use crate::storage::{Storage, StorageError};
+use crate::store::{EVICTED, Object};
 
-/// Records that the images from `first` to before `end` are let go. Records that touch become one, so there is one for
-/// the whole log unless damage or a changed seed set lies between.
-pub(super) async fn record(storage: &Storage, first: u64, end: u64) -> Result<(), StorageError> {
-    let (mut all, mut merged) = ((first, end), Vec::new());
-    for found in storage.list(EVICTED, None).await? {
-        let Some(old) = stretch(EVICTED, &found.name) else { continue };
-        if old.0 <= all.1 && all.0 <= old.1 {
-            all = (all.0.min(old.0), all.1.max(old.1));
-            merged.push(found.name);
+/// What this daemon let go of and has yet to delete, and the records that it knows.
+#[derive(Debug, Default)]
+pub(super) struct Evicting {
+    /// Chunks that the storage still holds: first sequence to the one behind.
+    pub pending: BTreeMap<u64, u64>,
+    /// Stretches on record, by first sequence and end. Other replicas write and merge records too, so some of these may be
+    /// gone, each within a larger one.
+    records: BTreeSet<(u64, u64)>,
+}
+
+impl Evicting {
+    pub fn new(records: &[(u64, u64)]) -> Self {
+        Self { pending: BTreeMap::new(), records: records.iter().copied().collect() }
+    }
+
+    /// Puts on record what is pending. Records that touch become one, so there is one for the whole log unless something
+    /// that is kept, or damage, lies between.
+    pub async fn record(&mut self, storage: &Storage) -> Result<(), StorageError> {
+        for (first, end) in merged(self.pending.iter().map(|(first, end)| (*first, *end))) {
+            let (mut all, mut old) = ((first, end), Vec::new());
+            for record in self.records.iter().copied() {
+                if record.0 <= all.1 && all.0 <= record.1 {
+                    all = (all.0.min(record.0), all.1.max(record.1));
+                    old.push(record);
+                }
+            }
+            if self.records.contains(&all) {
+                continue;
+            }
+            // A name that is taken says the same. The old records go only once the new one is durable.
+            storage.create(&name(all), Bytes::new()).await?;
+            self.records.insert(all);
+            for record in old {
+                storage.delete(&name(record)).await?;
+                self.records.remove(&record);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the records that lie in the storage for those that there are.
+    pub fn known(&mut self, records: &[(u64, u64)]) {
+        self.records = records.iter().copied().collect();
+    }
+}
+
+fn name((first, end): (u64, u64)) -> String {
+    Object::Evicted(first..end).name()
+}
+
+/// The stretches on record.
+pub(super) async fn records(storage: &Storage) -> Result<Vec<(u64, u64)>, StorageError> {
+    let record = |name: &str| match Object::named(name) {
+        Some(Object::Evicted(Range { start, end })) => Some((start, end)),
+        _ => None,
+    };
+    Ok(storage.list(EVICTED, None).await?.iter().filter_map(|found| record(&found.name)).collect())
+}
+
+/// Stretches in their order, those that touch or overlap made one.
+pub(super) fn merged(stretches: impl Iterator<Item = (u64, u64)>) -> Vec<(u64, u64)> {
+    let mut sorted: Vec<(u64, u64)> = stretches.collect();
+    sorted.sort_unstable();
+    let mut merged: Vec<(u64, u64)> = Vec::new();
+    for (first, end) in sorted {
+        match merged.last_mut() {
+            Some(last) if first <= last.1 => last.1 = last.1.max(end),
+            _ => merged.push((first, end)),
         }
     }
-    let name = evicted_name(all.0, all.1);
-    // A name that is taken says the same. The old records go only once the new one is durable.
-    storage.create(&name, Bytes::new()).await?;
-    for old in merged.iter().filter(|old| **old != name) {
-        storage.delete(old).await?;
-    }
-    Ok(())
+    merged
 }

@@ -1,6 +1,6 @@
 //! What the log knows of its chunks without reading them: pure bookkeeping, no I/O.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -44,8 +44,6 @@ pub struct Extent {
     pub bytes: u64,
     /// The size of the largest chunk that was ever seen.
     pub largest_chunk_bytes: u64,
-    /// Chunks that had to leave, so far in this process.
-    pub evicted_chunks: u64,
     /// Images that are lost to damage.
     pub lost_images: u64,
 }
@@ -78,6 +76,8 @@ pub enum Located {
 #[derive(Debug, Default)]
 pub(super) struct Index {
     chunks: BTreeMap<u64, Arc<Entry>>,
+    /// The same chunks by when they were made, then by first sequence.
+    by_age: BTreeSet<(SystemTime, u64)>,
     /// Damaged stretches: first sequence to the one behind.
     lost: BTreeMap<u64, u64>,
     extent: Extent,
@@ -121,6 +121,7 @@ impl Index {
         self.extent.chunks += 1;
         self.extent.largest_chunk_bytes = self.extent.largest_chunk_bytes.max(entry.bytes);
         self.generation += 1;
+        self.by_age.insert((summary.created_at, summary.first_sequence));
         self.chunks.insert(summary.first_sequence, Arc::new(entry));
     }
 
@@ -141,6 +142,7 @@ impl Index {
     /// Takes a chunk out. Evicted ones move the log's beginning, unless they are of the seed set.
     fn remove(&mut self, first: u64) -> Option<Arc<Entry>> {
         let entry = self.chunks.remove(&first)?;
+        self.by_age.remove(&(entry.summary.created_at, first));
         self.extent.bytes = self.extent.bytes.saturating_sub(entry.bytes);
         self.extent.images = self.extent.images.saturating_sub(u64::from(entry.summary.count));
         self.extent.chunks = self.chunks.len() as u64;
@@ -152,7 +154,6 @@ impl Index {
     pub fn evict(&mut self, first: u64) -> Option<Arc<Entry>> {
         let entry = self.remove(first)?;
         self.extent.first_sequence = self.extent.first_sequence.max(entry.summary.end());
-        self.extent.evicted_chunks += 1;
         Some(entry)
     }
 
@@ -195,31 +196,35 @@ impl Index {
         Located::Lost { next_sequence: next_chunk }
     }
 
-    /// The chunks that retention lets go of, oldest first. The newest always stays: it is also what tells the next
-    /// sequence after a restart.
+    /// The chunks that retention lets go of, in order of sequence: whatever is too old, wherever it lies (the clocks of
+    /// replicas differ), and then the first ones until the rest fits. The newest always stays: it is also what tells the
+    /// next sequence after a restart.
     pub fn victims(&self, retention: &Retention, now: SystemTime) -> Vec<u64> {
-        let Extent { mut bytes, mut images, .. } = self.extent;
         let newest = self.chunks.keys().next_back().copied();
-        let mut victims = Vec::new();
+        let protected = |first: u64| first < retention.seed_images || Some(first) == newest;
+        let too_old = |made: SystemTime| {
+            let age = now.duration_since(made).unwrap_or_default();
+            retention.max_age.is_some_and(|most| age > most)
+        };
+        let old = self.by_age.iter().take_while(|(made, _)| too_old(*made)).map(|(_, first)| *first);
+        let mut victims: BTreeSet<u64> = old.filter(|first| !protected(*first)).collect();
+        let size = |entry: &Arc<Entry>| (entry.bytes, u64::from(entry.summary.count));
+        let less = |(bytes, images): (u64, u64), gone: (u64, u64)| {
+            (bytes.saturating_sub(gone.0), images.saturating_sub(gone.1))
+        };
+        let gone = victims.iter().filter_map(|first| self.chunks.get(first)).map(size);
+        let mut held = gone.fold((self.extent.bytes, self.extent.images), less);
         for (first, entry) in &self.chunks {
-            let old = now.duration_since(entry.summary.created_at).unwrap_or_default();
-            let over = retention.max_bytes.is_some_and(|most| bytes > most)
-                || retention.max_images.is_some_and(|most| images > most)
-                || retention.max_age.is_some_and(|most| old > most);
-            if Some(*first) == newest {
-                break;
-            }
-            if *first < retention.seed_images {
-                continue;
-            }
+            let over = retention.max_bytes.is_some_and(|most| held.0 > most)
+                || retention.max_images.is_some_and(|most| held.1 > most);
             if !over {
                 break;
             }
-            bytes = bytes.saturating_sub(entry.bytes);
-            images = images.saturating_sub(u64::from(entry.summary.count));
-            victims.push(*first);
+            if !protected(*first) && victims.insert(*first) {
+                held = less(held, size(entry));
+            }
         }
-        victims
+        victims.into_iter().collect()
     }
 
     /// The chunks that begin at or behind a sequence, oldest first.
@@ -230,6 +235,16 @@ impl Index {
     /// Whether a chunk that begins there can be read.
     pub fn holds(&self, first_sequence: u64) -> bool {
         self.chunks.contains_key(&first_sequence)
+    }
+
+    /// The first of the chunks that retention may take.
+    pub fn oldest(&self, retention: &Retention) -> Option<u64> {
+        self.chunks.range(retention.seed_images..).next().map(|(first, _)| *first)
+    }
+
+    /// The chunk with the highest sequences.
+    pub fn newest(&self) -> Option<u64> {
+        self.chunks.keys().next_back().copied()
     }
 
     /// Every chunk, oldest first.

@@ -4,6 +4,7 @@ use futures_util::stream::{self, Stream, StreamExt};
 
 use super::{Chunk, ChunkError, Entry, Identity, OpenError, open};
 use crate::storage::{Storage, StorageError, blocking};
+use crate::store::CHUNKS;
 
 /// Chunks that are read ahead of the one in use.
 const READ_AHEAD: usize = 4;
@@ -21,7 +22,7 @@ pub struct Inspection {
     pub quarantined: Vec<(u64, u64)>,
     /// Stretches that retention let go of, as the log has it on record; chunks of a seed set may lie before them.
     pub evicted: Vec<(u64, u64)>,
-    /// Objects in the log's place that are none of its own.
+    /// Objects with the name of a chunk that cannot be one: their sequences would be the last that there can be.
     pub strange: Vec<String>,
 }
 
@@ -79,7 +80,8 @@ pub async fn identity(storage: &Storage) -> Result<Option<Identity>, OpenError> 
 
 /// Looks at the log in a storage; None where there is none. Reads the first kilobytes of every chunk.
 pub async fn inspect(storage: &Storage) -> Result<Option<Inspection>, OpenError> {
-    let Some(contents) = open::read(storage).await? else { return Ok(None) };
+    let Some(identity) = open::identity(storage).await? else { return Ok(None) };
+    let contents = open::read(storage, identity).await?;
     let damaged = contents.damaged.into_iter().map(|head| Damaged {
         name: head.name,
         first_sequence: head.first,
@@ -99,7 +101,7 @@ pub async fn inspect(storage: &Storage) -> Result<Option<Inspection>, OpenError>
 
 /// The first sequences of all chunks in order, by the objects' names alone.
 pub async fn first_sequences(storage: &Storage) -> Result<Vec<u64>, StorageError> {
-    let found = storage.list(open::CHUNKS, None).await?;
+    let found = storage.list(CHUNKS, None).await?;
     Ok(found.iter().filter_map(|found| open::first_sequence(&found.name)).collect())
 }
 

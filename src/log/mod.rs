@@ -4,12 +4,7 @@
 //! when it is born: the same bytes go to the storage and to every reader. [`Log`] is the only writer of its folder or
 //! prefix; several daemons may share one, because a create-only put decides who gets a sequence number.
 //!
-//! ```text
-//! log/log.json                              what the log is: its id, its teacher, its format
-//! log/chunks/FIRST_SEQUENCE.safetensors     a chunk, 20 digits
-//! log/quarantine/FIRST_SEQUENCE-COUNT.safetensors   a chunk that turned out to be damaged
-//! log/evicted/FIRST_SEQUENCE-COUNT          on record: retention let go of these images
-//! ```
+//! Where everything lies is said in [`crate::store`].
 
 mod cache;
 pub mod chunk;
@@ -22,7 +17,6 @@ mod open;
 mod upkeep;
 pub mod verify;
 
-use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
@@ -32,7 +26,8 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use crate::model::source::Geometry;
-use crate::storage::{Created, Storage, StorageError, blocking};
+use crate::storage::{Created, Found, Storage, StorageError, blocking};
+use crate::store::{CHUNKS, SEQUENCES};
 use crate::synthesis::batch::DreamBatch;
 use crate::telemetry;
 
@@ -40,8 +35,10 @@ use cache::Cache;
 pub use cache::CacheUse;
 pub use chunk::{Chunk, ChunkError, FORMAT};
 pub use cursor::CursorError;
+use evicted::Evicting;
 use index::Index;
 pub use index::{Entry, Extent, Located, Retention};
+pub use intake::Faults;
 pub(crate) use open::MAX_CHUNK_BYTES;
 pub use open::{Identity, Maker, OpenError};
 
@@ -49,6 +46,7 @@ pub use open::{Identity, Maker, OpenError};
 /// the sequence that it takes for the next one may have been used by another replica, and evicted again. So what retention
 /// keeps must be more than all replicas make within this and one put.
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
+
 /// What every chunk of a log says of itself.
 #[derive(Clone, Debug)]
 pub struct LogIdentity {
@@ -133,12 +131,12 @@ pub struct Log {
     options: LogOptions,
     /// One appending task at a time; the sequences at which its batch was tried before.
     writer: tokio::sync::Mutex<Vec<u64>>,
-    /// Evicted chunks that the storage still holds: first sequence to the one behind.
-    evicting: tokio::sync::Mutex<BTreeMap<u64, u64>>,
+    evicting: tokio::sync::Mutex<Evicting>,
     /// When the end of the log was last known for certain.
     looked: Mutex<Instant>,
     index: RwLock<Index>,
     next: watch::Sender<u64>,
+    faults: watch::Sender<Faults>,
     cache: Cache,
 }
 
@@ -177,9 +175,9 @@ impl Log {
         loop {
             let asked = Instant::now();
             let first_sequence = self.extent().next_sequence;
-            if first_sequence.checked_add(batch.count() as u64).is_none_or(|end| end > chunk::SEQUENCES) {
+            if first_sequence.checked_add(batch.count() as u64).is_none_or(|end| end > SEQUENCES) {
                 let problem = "its sequences are used up, give another --store".to_owned();
-                return Err(self.cannot_append("append to", open::CHUNKS.to_owned(), problem));
+                return Err(self.cannot_append("append to", CHUNKS.to_owned(), problem));
             }
             let (batch, identity) = (batch.clone(), self.identity.clone());
             let encode = move || Chunk::encode(&batch, first_sequence, &identity);
@@ -192,7 +190,8 @@ impl Log {
             // Before the put: it may get through although no answer comes.
             tried.push(first_sequence);
             let created = self.storage.create(&open::chunk_name(first_sequence), chunk.payload().clone()).await?;
-            if created == Created::Taken && !self.is_ours(&chunk).await? {
+            if created == Created::Taken {
+                self.take_theirs(first_sequence).await?;
                 continue;
             }
             let entry = Entry { summary: chunk.summary.clone(), bytes };
@@ -214,37 +213,40 @@ impl Log {
         })
     }
 
-    /// Who took the name that we wanted: our own put whose answer was lost, or another replica, whose chunk then comes
-    /// before ours.
-    async fn is_ours(&self, chunk: &Chunk) -> Result<bool, AppendError> {
-        let first_sequence = chunk.first_sequence();
-        let Some(found) = self
-            .storage
-            .list(open::CHUNKS, first_sequence.checked_sub(1).map(open::chunk_name).as_deref())
-            .await?
-            .into_iter()
-            .find(|found| open::first_sequence(&found.name) == Some(first_sequence))
-        else {
-            return Ok(false);
+    /// Takes the chunk of another replica that has the name that we wanted, and so comes before ours.
+    async fn take_theirs(&self, first_sequence: u64) -> Result<(), AppendError> {
+        let name = open::chunk_name(first_sequence);
+        let Some(bytes) = self.storage.size(&name).await? else {
+            // Retention let go of it since.
+            return Ok(self.relist().await?);
         };
-        let entry = match open::read_head(&self.storage, &found, first_sequence, &self.identity.origin()).await {
-            Ok(Some(entry)) => entry,
-            Ok(None) => return Ok(false),
-            Err(open::HeadError::Storage(error)) => return Err(error.into()),
-            Err(open::HeadError::Chunk(error @ ChunkError::UnknownFormat { .. })) => {
-                // Of a newer replica. Nothing may be written after what we cannot read.
-                return Err(self.cannot_append("append after", found.name, error.to_string()));
-            }
-            Err(open::HeadError::Chunk(error)) => {
-                self.set_aside(first_sequence, &error).await;
-                return Ok(false);
-            }
-        };
-        if same(&chunk.summary, &entry.summary) {
-            return Ok(true);
+        match self.take_found(&Found { name: name.clone(), bytes }, first_sequence).await? {
+            // Of a newer replica. Nothing may be written after what we cannot read.
+            Some(error) => Err(self.cannot_append("append after", name, error.to_string())),
+            None => Ok(()),
         }
-        self.take(entry);
-        Ok(false)
+    }
+
+    /// Takes a chunk that lies at or behind the end of the log into the index; what cannot be read is set aside. Returns
+    /// the problem of one that only newer software can read, which is left alone.
+    async fn take_found(&self, found: &Found, first: u64) -> Result<Option<ChunkError>, StorageError> {
+        let origin = self.identity.origin();
+        match open::read_head(&self.storage, found, first, &origin).await {
+            Ok(Some(entry)) if first >= self.extent().next_sequence => self.take(entry),
+            Ok(_) => {}
+            Err(open::HeadError::Storage(error)) => return Err(error),
+            Err(open::HeadError::Chunk(error @ ChunkError::UnknownFormat { .. })) => return Ok(Some(error)),
+            Err(open::HeadError::Chunk(error)) => {
+                let end = first.saturating_add(open::most_images(&error, &origin));
+                if first >= self.extent().next_sequence && end <= SEQUENCES {
+                    // Left where it is, it would hide from this daemon's readers whatever comes after it.
+                    self.set_aside(first, &error).await?;
+                } else {
+                    tracing::debug!(%error, name = %found.name, "not a chunk of this log");
+                }
+            }
+        }
+        Ok(None)
     }
 
     fn cannot_append(&self, action: &'static str, name: String, problem: String) -> AppendError {
@@ -254,9 +256,11 @@ impl Log {
 
     /// Quarantine for what was to be the next chunk and cannot be read; none of the sequences that it may have is given
     /// again.
-    async fn set_aside(&self, first_sequence: u64, error: &ChunkError) {
+    async fn set_aside(&self, first_sequence: u64, error: &ChunkError) -> Result<(), StorageError> {
+        // What lies there may be sound, and another log's that took this one's place.
+        self.storage.check().await?;
         let count = open::most_images(error, &self.identity.origin());
-        let end = first_sequence.saturating_add(count).min(chunk::SEQUENCES);
+        let end = first_sequence.saturating_add(count).min(SEQUENCES);
         self.quarantine(first_sequence, end - first_sequence, &error.to_string()).await;
         let next = {
             let mut index = self.index_mut();
@@ -264,6 +268,7 @@ impl Log {
             index.extent().next_sequence
         };
         self.wake(next);
+        Ok(())
     }
 
     fn looked(&self) -> Instant {
@@ -310,12 +315,12 @@ impl Log {
 
     async fn fetch(&self, first_sequence: u64) -> Result<Arc<Chunk>, ReadError> {
         let name = open::chunk_name(first_sequence);
+        let storage_failed = |error: StorageError| ReadError::Storage(error.to_string());
         let mut problem = String::new();
         // Twice: what was damaged on its way here may still be whole where it lies.
         for _ in 0..2 {
-            let object = self.storage.get(&name).await.map_err(|e| ReadError::Storage(e.to_string()))?;
-            let Some(object) = object else {
-                self.let_go().await.map_err(|e| ReadError::Storage(e.to_string()))?;
+            let Some(object) = self.storage.get(&name).await.map_err(storage_failed)? else {
+                self.drop_missing().await.map_err(storage_failed)?;
                 return Err(ReadError::Gone);
             };
             match blocking(move || Chunk::parse(object)).await.map_err(ReadError::Storage)? {
@@ -326,6 +331,8 @@ impl Log {
                 Err(error) => problem = error.to_string(),
             }
         }
+        // What lies there may be sound, and another log's that took this one's place.
+        self.storage.check().await.map_err(storage_failed)?;
         let count = self.index_mut().lose(first_sequence);
         self.quarantine(first_sequence, count, &problem).await;
         Err(ReadError::Damaged)

@@ -9,28 +9,25 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use super::cache::Cache;
-use super::chunk::{Head, SEQUENCES, Summary};
+use super::chunk::{Head, Summary};
+use super::evicted::{self, Evicting};
 use super::index::Index;
-use super::{ChunkError, Entry, Log, LogIdentity, LogOptions, Origin};
+use super::{ChunkError, Entry, Log, LogIdentity, LogOptions, Origin, verify};
 use crate::model::source::Geometry;
-use crate::storage::{Created, Found, Storage, StorageError, number, numbered};
+use crate::storage::{Created, Found, Storage, StorageError};
+use crate::store::{self, CHUNKS, IDENTITY, Object, QUARANTINE, SEQUENCES};
 
-/// What the log is; written once.
-const IDENTITY: &str = "log/log.json";
-/// Where chunks lie.
-pub(super) const CHUNKS: &str = "log/chunks/";
-/// Where damaged chunks lie.
-pub(super) const QUARANTINE: &str = "log/quarantine/";
-/// Where it is on record what retention let go of.
-pub(super) const EVICTED: &str = "log/evicted/";
 /// The `format` in the log's identity.
 const FORMAT: &str = "dreamfeed.log.v1";
 /// So much is read of each chunk at first: enough for some two thousand images.
 const HEAD_BYTES: u64 = 48 << 10;
 /// No chunk is larger: the daemon refuses settings that would make one.
 pub(crate) const MAX_CHUNK_BYTES: u64 = 1 << 30;
-/// Heads read at one time.
-const READERS: usize = 32;
+/// Heads that are read in one piece of work, and such pieces at one time.
+const GROUP: usize = 256;
+const GROUPS: usize = 4;
+/// So many names of strays are told at the start, one by one.
+const TOLD: usize = 20;
 
 /// Why a log cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -98,29 +95,28 @@ impl Identity {
 
 /// The name of the chunk that begins with this sequence. The order of names is the order of sequences.
 pub(super) fn chunk_name(first_sequence: u64) -> String {
-    numbered(CHUNKS, first_sequence)
+    Object::Chunk(first_sequence).name()
 }
 
 pub(super) fn quarantine_name(first_sequence: u64, count: u64) -> String {
-    format!("{QUARANTINE}{first_sequence:020}-{count}.safetensors")
+    Object::Quarantined(first_sequence..first_sequence.saturating_add(count)).name()
 }
 
 /// The sequence in a chunk's name; None where no chunk can have that name.
 pub(super) fn first_sequence(name: &str) -> Option<u64> {
-    number(CHUNKS, name).filter(|first| *first < SEQUENCES)
+    match Object::named(name) {
+        Some(Object::Chunk(first)) => Some(first),
+        _ => None,
+    }
 }
 
-pub(super) fn evicted_name(first: u64, end: u64) -> String {
-    format!("{EVICTED}{first:020}-{}", end.saturating_sub(first))
-}
-
-/// The stretch in the name of a damaged chunk or of a record: first sequence, and the one behind.
-pub(super) fn stretch(folder: &str, name: &str) -> Option<(u64, u64)> {
-    let name = name.strip_prefix(folder)?;
-    let (first, count) = name.strip_suffix(".safetensors").unwrap_or(name).split_once('-')?;
-    let first: u64 = first.parse().ok()?;
-    let end = first.checked_add(count.parse().ok()?).filter(|end| *end <= SEQUENCES)?;
-    Some((first, end))
+/// The stretches of images that lie in quarantine.
+pub(super) async fn quarantined(storage: &Storage) -> Result<Vec<(u64, u64)>, StorageError> {
+    let stretch = |name: &str| match Object::named(name) {
+        Some(Object::Quarantined(range)) => Some((range.start, range.end)),
+        _ => None,
+    };
+    Ok(storage.list(QUARANTINE, None).await?.iter().filter_map(|found| stretch(&found.name)).collect())
 }
 
 /// No more images than this were in a chunk that cannot be read: its size now says nothing of what it was. Where its
@@ -132,6 +128,22 @@ pub(super) fn most_images(error: &ChunkError, origin: &Origin<'_>) -> u64 {
         ChunkError::Impossible { count, .. } => u64::from(*count),
         // What lies there in its place says nothing of it.
         _ => MAX_CHUNK_BYTES / (origin.geometry.pixels() + 4 * origin.num_classes + 20) as u64 + 1,
+    }
+}
+
+/// What the beginning of a chunk says of it, as far as it was read.
+fn entry(
+    found: &Found,
+    first_sequence: u64,
+    origin: &Origin<'_>,
+    head: &[u8],
+) -> Result<Result<Entry, u64>, ChunkError> {
+    match Summary::from_head(head, found.bytes)? {
+        Head::Summary(summary) => {
+            summary.check(first_sequence, origin)?;
+            Ok(Ok(Entry { summary, bytes: found.bytes }))
+        }
+        Head::Longer(more) => Ok(Err(more)),
     }
 }
 
@@ -153,15 +165,39 @@ pub(super) async fn read_head(
         let Some(head) = storage.get_range(&found.name, range).await.map_err(HeadError::Storage)? else {
             return Ok(None);
         };
-        match Summary::from_head(&head, found.bytes).map_err(HeadError::Chunk)? {
-            Head::Summary(summary) => {
-                summary.check(first_sequence, origin).map_err(HeadError::Chunk)?;
-                return Ok(Some(Entry { summary, bytes: found.bytes }));
-            }
-            Head::Longer(more) => wanted = more,
+        match entry(found, first_sequence, origin, &head).map_err(HeadError::Chunk)? {
+            Ok(entry) => return Ok(Some(entry)),
+            Err(more) => wanted = more,
         }
     }
     Err(HeadError::Chunk(ChunkError::Damaged("its header goes on and on".into())))
+}
+
+/// Reads the beginnings of many chunks, in their order.
+async fn read_heads(
+    storage: &Storage,
+    chunks: &[(u64, Found)],
+    origin: &Origin<'_>,
+) -> Result<Vec<Result<Option<Entry>, ChunkError>>, StorageError> {
+    // One of no bytes would make a bucket refuse the range: it is read by itself, and refused there.
+    let names = chunks.iter().filter(|(_, found)| found.bytes > 0).map(|(_, found)| found.name.clone()).collect();
+    let mut heads = storage.heads(names, HEAD_BYTES).await?.into_iter();
+    let mut read = Vec::with_capacity(chunks.len());
+    for (first, found) in chunks {
+        let head = if found.bytes > 0 { heads.next().flatten() } else { Some(Bytes::new()) };
+        let entry = match head.map(|head| entry(found, *first, origin, &head)) {
+            None => Ok(None),
+            Some(Ok(Ok(entry))) => Ok(Some(entry)),
+            Some(Err(error)) if found.bytes > 0 => Err(error),
+            Some(_) => match read_head(storage, found, *first, origin).await {
+                Ok(entry) => Ok(entry),
+                Err(HeadError::Chunk(error)) => Err(error),
+                Err(HeadError::Storage(error)) => return Err(error),
+            },
+        };
+        read.push(entry);
+    }
+    Ok(read)
 }
 
 /// What is known of a log without its teacher.
@@ -186,39 +222,31 @@ pub(super) struct DamagedHead {
     pub error: ChunkError,
 }
 
-/// Whether objects of this name are looked at by [`read`], which says what is wrong with them.
-pub(super) fn is_in_the_log(name: &str) -> bool {
-    name == IDENTITY || [CHUNKS, QUARANTINE, EVICTED].iter().any(|folder| name.starts_with(folder))
-}
-
-/// Whether an object of the log can have this name.
-pub(super) fn is_own_name(name: &str) -> bool {
-    let stretches = |folder| stretch(folder, name).is_some();
-    name == IDENTITY || first_sequence(name).is_some() || stretches(QUARANTINE) || stretches(EVICTED)
-}
-
 /// Reads what the log in a storage is; None where there is none.
 pub(super) async fn identity(storage: &Storage) -> Result<Option<Identity>, OpenError> {
+    Ok(identity_object(storage).await?.map(|(identity, _)| identity))
+}
+
+/// The same, and the very bytes that say so.
+async fn identity_object(storage: &Storage) -> Result<Option<(Identity, Bytes)>, OpenError> {
     let refused = |problem| OpenError::Refused { location: storage.location().to_owned(), problem };
-    let Some(identity) = storage.get(IDENTITY).await? else {
+    let Some(object) = storage.get(IDENTITY).await? else {
         return Ok(None);
     };
     let damaged = |e| refused(format!("{IDENTITY} is damaged ({e}); restore that file, or give another --store"));
     // First, and alone: another version may have other fields.
-    let Versioned { format } = serde_json::from_slice(&identity).map_err(damaged)?;
+    let Versioned { format } = serde_json::from_slice(&object).map_err(damaged)?;
     if format != FORMAT {
         return Err(refused(format!(
             "its format is {format:?}, and this version of dreamfeed reads {FORMAT}; use the version that wrote it"
         )));
     }
-    serde_json::from_slice(&identity).map(Some).map_err(damaged)
+    let identity = serde_json::from_slice(&object).map_err(damaged)?;
+    Ok(Some((identity, object)))
 }
 
-/// Reads what the log in a storage is and holds; None where there is none. Changes nothing.
-pub(super) async fn read(storage: &Storage) -> Result<Option<Contents>, OpenError> {
-    let Some(identity) = identity(storage).await? else {
-        return Ok(None);
-    };
+/// Reads what the log of this identity holds. Changes nothing.
+pub(super) async fn read(storage: &Storage, identity: Identity) -> Result<Contents, OpenError> {
     let mut contents = Contents {
         identity,
         entries: Vec::new(),
@@ -227,47 +255,39 @@ pub(super) async fn read(storage: &Storage) -> Result<Option<Contents>, OpenErro
         evicted: Vec::new(),
         strange: Vec::new(),
     };
-    let mut chunks = Vec::new();
-    for found in storage.list(CHUNKS, None).await? {
-        match first_sequence(&found.name) {
-            Some(first) => chunks.push((first, found)),
-            None => contents.strange.push(found.name),
-        }
-    }
-    let names: Vec<u64> = chunks.iter().map(|(first, _)| *first).collect();
-    let origin = contents.identity.origin();
-    let heads = stream::iter(chunks)
-        .map(|(first, found)| async move { (read_head(storage, &found, first, &origin).await, first, found.name) })
-        .buffered(READERS)
-        .collect::<Vec<_>>()
-        .await;
-    for (head, first, name) in heads {
-        match head {
-            Ok(Some(entry)) => contents.entries.push(entry),
-            Ok(None) => {}
-            Err(HeadError::Storage(error)) => return Err(error.into()),
-            Err(HeadError::Chunk(error)) => {
-                let most = first.saturating_add(most_images(&error, &origin));
-                // What would take the last sequences away from the log is none of its own.
-                if most > SEQUENCES {
-                    contents.strange.push(name);
-                    continue;
+    let found = storage.list(CHUNKS, None).await?;
+    let chunks: Vec<(u64, Found)> =
+        found.into_iter().filter_map(|found| Some((first_sequence(&found.name)?, found))).collect();
+    let firsts: Vec<u64> = chunks.iter().map(|(first, _)| *first).collect();
+    let origin = &contents.identity.origin();
+    let groups: Vec<&[(u64, Found)]> = chunks.chunks(GROUP).collect();
+    let mut read = stream::iter(groups)
+        .map(|group| async move { (group, read_heads(storage, group, origin).await) })
+        .buffered(GROUPS);
+    while let Some((group, heads)) = read.next().await {
+        for ((first, found), head) in group.iter().zip(heads?) {
+            match head {
+                Ok(Some(entry)) => contents.entries.push(entry),
+                Ok(None) => {}
+                Err(error) => {
+                    let most = first.saturating_add(most_images(&error, origin));
+                    // What would take the last sequences away from the log is none of its own.
+                    if most > SEQUENCES {
+                        contents.strange.push(found.name.clone());
+                        continue;
+                    }
+                    let next = firsts.get(firsts.partition_point(|next| next <= first)).copied();
+                    let (name, first) = (found.name.clone(), *first);
+                    contents.damaged.push(DamagedHead { name, first, end: next.unwrap_or(most).min(most), error });
                 }
-                let next = names.iter().copied().find(|next| *next > first);
-                contents.damaged.push(DamagedHead { name, first, end: next.unwrap_or(most).min(most), error });
             }
         }
     }
+    drop(read);
     // After the chunks: a daemon at work records before it deletes, and what it moves aside in the meantime shows here.
-    for (folder, stretches) in [(QUARANTINE, &mut contents.lost), (EVICTED, &mut contents.evicted)] {
-        for found in storage.list(folder, None).await? {
-            match stretch(folder, &found.name) {
-                Some(range) => stretches.push(range),
-                None => contents.strange.push(found.name),
-            }
-        }
-    }
-    Ok(Some(contents))
+    contents.lost = quarantined(storage).await?;
+    contents.evicted = evicted::records(storage).await?;
+    Ok(contents)
 }
 
 /// What a daemon brings to its log.
@@ -281,85 +301,108 @@ pub struct Maker {
     pub num_classes: usize,
 }
 
+/// Why a log in a place is not the one that was meant.
+fn refused(storage: &Storage, problem: String) -> OpenError {
+    OpenError::Refused { location: storage.location().to_owned(), problem }
+}
+
+/// Begins a log where none is.
+async fn begin(storage: &Storage, maker: &Maker) -> Result<(), OpenError> {
+    let chunks = storage.list(CHUNKS, None).await?;
+    let orphans = chunks.iter().any(|found| first_sequence(&found.name).is_some());
+    // Another replica may have begun it since: chunks come after the identity.
+    if orphans && identity(storage).await?.is_none() {
+        let problem = format!("{IDENTITY} is not there, and chunks are; restore that file, or give another --store");
+        return Err(refused(storage, problem));
+    }
+    let Maker { teacher_sha256, geometry, num_classes } = maker;
+    let identity = Identity {
+        format: FORMAT.into(),
+        log_id: Uuid::now_v7(),
+        teacher_sha256: teacher_sha256.clone(),
+        geometry: [geometry.channels, geometry.height, geometry.width],
+        num_classes: *num_classes,
+    };
+    let json = serde_json::to_vec(&identity).unwrap_or_default();
+    // Another replica may begin it at the same time: who wins decides its id, for both.
+    let _: Created = storage.create(IDENTITY, Bytes::from(json)).await?;
+    Ok(())
+}
+
+/// Refuses a log of another teacher, or of images of another size.
+fn check_maker(storage: &Storage, found: &Identity, maker: &Maker) -> Result<(), OpenError> {
+    let Maker { teacher_sha256, geometry, num_classes } = maker;
+    if found.teacher_sha256 != *teacher_sha256 {
+        let short = |sha256: &str| sha256.chars().take(12).collect::<String>();
+        let problem = format!(
+            "it was dreamed from the teacher {}, not from {}; give that teacher, or another --store",
+            short(&found.teacher_sha256),
+            short(teacher_sha256)
+        );
+        return Err(refused(storage, problem));
+    }
+    if (found.geometry(), found.num_classes) != (*geometry, *num_classes) {
+        let problem = format!(
+            "it holds images of {} with {} logits each, not of {geometry} with {num_classes}; give the same --image-size \
+             again, or another --store",
+            found.geometry(),
+            found.num_classes
+        );
+        return Err(refused(storage, problem));
+    }
+    Ok(())
+}
+
+/// Tells of what lies in the store and is nobody's.
+async fn tell_strays(storage: &Storage) -> Result<(), StorageError> {
+    let strays = verify::strays(storage).await?;
+    for name in strays.iter().take(TOLD) {
+        tracing::warn!(name, "no object of a store has this name; it is left alone");
+    }
+    if strays.len() > TOLD {
+        tracing::warn!("{} more such names: dreamfeed log verify lists them", strays.len() - TOLD);
+    }
+    Ok(())
+}
+
 impl Log {
-    /// Opens the log in a storage, or begins one. Reads the first kilobytes of every chunk.
+    /// Opens the log in a storage, or begins one, once the storage has proven what the log is built on. Reads the first
+    /// kilobytes of every chunk. From then on nothing is changed in the storage unless it still is this log's:
+    /// [`Log::storage`] is [guarded](Storage::guarded).
     pub async fn open(storage: Storage, options: LogOptions, maker: Maker) -> Result<Arc<Self>, OpenError> {
-        let Maker { teacher_sha256, geometry, num_classes } = maker;
-        let shape = [geometry.channels, geometry.height, geometry.width];
         let began = std::time::Instant::now();
-        let contents = match read(&storage).await? {
-            Some(contents) => contents,
+        let (identity, object) = match identity_object(&storage).await? {
+            Some(found) => found,
             None => {
-                let refused = |problem| OpenError::Refused { location: storage.location().to_owned(), problem };
-                let chunks = storage.list(CHUNKS, None).await?;
-                let orphans = chunks.iter().any(|found| first_sequence(&found.name).is_some());
-                // Another replica may have begun it since: chunks come after the identity.
-                if orphans && self::identity(&storage).await?.is_none() {
-                    let problem = format!(
-                        "{IDENTITY} is not there, and chunks are; restore that file, or give another --store"
-                    );
-                    return Err(refused(problem));
-                }
-                let identity = Identity {
-                    format: FORMAT.into(),
-                    log_id: Uuid::now_v7(),
-                    teacher_sha256: teacher_sha256.clone(),
-                    geometry: shape,
-                    num_classes,
-                };
-                let json = serde_json::to_vec(&identity).unwrap_or_default();
-                // Another replica may begin it at the same time: who wins decides its id, for both.
-                let _: Created = storage.create(IDENTITY, Bytes::from(json)).await?;
-                read(&storage).await?.ok_or_else(|| refused(format!("{IDENTITY} was written and is not there")))?
+                begin(&storage, &maker).await?;
+                let written = identity_object(&storage).await?;
+                written.ok_or_else(|| refused(&storage, format!("{IDENTITY} was written and is not there")))?
             }
         };
-        let found = &contents.identity;
-        if found.teacher_sha256 != teacher_sha256 {
-            let short = |sha256: &str| sha256.chars().take(12).collect::<String>();
-            return Err(OpenError::Refused {
-                location: storage.location().to_owned(),
-                problem: format!(
-                    "it was dreamed from the teacher {}, not from {}; give that teacher, or another --store",
-                    short(&found.teacher_sha256),
-                    short(&teacher_sha256)
-                ),
-            });
-        }
-        if (found.geometry, found.num_classes) != (shape, num_classes) {
-            return Err(OpenError::Refused {
-                location: storage.location().to_owned(),
-                problem: format!(
-                    "it holds images of {} with {} logits each, not of {geometry} with {num_classes}; give the same \
-                     --image-size again, or another --store",
-                    found.geometry(),
-                    found.num_classes
-                ),
-            });
-        }
+        check_maker(&storage, &identity, &maker)?;
+        let storage = storage.guarded(IDENTITY, object);
+        storage.prove(&Object::Probe(Uuid::new_v4()).name()).await?;
+        tell_strays(&storage).await?;
+        let contents = read(&storage, identity).await?;
         for name in &contents.strange {
             tracing::warn!(name, "an object in the log is none of its own; it is left alone");
         }
         // One such chunk among ours was put there by mistake. Where there is no other, it is the identity that is wrong.
         let foreign = contents.damaged.iter().find(|head| matches!(head.error, ChunkError::Foreign(_)));
         if let (Some(DamagedHead { name, error, .. }), true) = (foreign, contents.entries.is_empty()) {
-            return Err(OpenError::Refused {
-                location: storage.location().to_owned(),
-                problem: format!("{name}: {error}; restore {IDENTITY}, or give another --store"),
-            });
+            return Err(refused(&storage, format!("{name}: {error}; restore {IDENTITY}, or give another --store")));
         }
         let mut lost = contents.lost;
         for DamagedHead { name, first, end, error } in &contents.damaged {
             // Of a newer version, not damaged: nothing may be written after what we cannot read.
             if matches!(error, ChunkError::UnknownFormat { .. }) {
-                return Err(OpenError::Refused {
-                    location: storage.location().to_owned(),
-                    problem: format!("{name}: {error}"),
-                });
+                return Err(refused(&storage, format!("{name}: {error}")));
             }
             lost.push((*first, *end));
         }
         let index = Index::new(contents.entries, lost, &contents.evicted);
         let extent = index.extent();
+        let Maker { teacher_sha256, geometry, num_classes } = maker;
         let log = Arc::new(Self {
             identity: LogIdentity {
                 log_id: contents.identity.log_id,
@@ -371,16 +414,17 @@ impl Log {
             storage,
             options,
             writer: tokio::sync::Mutex::default(),
-            evicting: tokio::sync::Mutex::default(),
+            evicting: tokio::sync::Mutex::new(Evicting::new(&contents.evicted)),
             looked: Mutex::new(began),
             index: RwLock::new(index),
             next: watch::Sender::new(extent.next_sequence),
+            faults: watch::Sender::default(),
             cache: Cache::new(options.cache_bytes),
         });
         for DamagedHead { first, end, error, .. } in contents.damaged {
             log.quarantine(first, end - first, &error.to_string()).await;
         }
-        log.storage.sweep().await;
+        log.storage.sweep(&store::FOLDERS).await?;
         tracing::info!(
             location = log.storage.location(),
             log_id = %log.identity.log_id,

@@ -232,7 +232,9 @@ fn no_sequence_is_beyond_what_an_i64_holds() {
         }
         let mut strange = inspect::inspect(&storage).await.unwrap().unwrap().strange;
         strange.sort();
-        assert_eq!(strange, [end - 2, end - 1, u64::MAX - 1].map(open::chunk_name));
+        assert_eq!(strange, [end - 2, end - 1].map(open::chunk_name));
+        // A number that no chunk can have.
+        assert_eq!(verify::strays(&storage).await.unwrap(), [open::chunk_name(u64::MAX - 1)]);
         // The very last images that there can be, and nothing after them.
         storage.create(&open::chunk_name(end - 4), last).await.unwrap();
         log.refresh().await.unwrap();
@@ -280,6 +282,42 @@ fn retention_by_age_lets_go_of_what_is_old() {
     });
 }
 
+/// The clocks of replicas differ, so an old chunk may lie behind a young one.
+#[test]
+fn retention_by_age_looks_at_every_chunk() {
+    run(async {
+        let storage = Storage::open("memory:").unwrap();
+        let log = open_in(&storage, Retention { seed_images: 2, ..Retention::default() }).await;
+        let now = SystemTime::now();
+        let old = now - Duration::from_secs(3600);
+        // The first is the seed set's; the last is the newest, which tells the next sequence.
+        for made in [old, now, old, old, now, old] {
+            let next = log.extent().next_sequence;
+            log.append(&Arc::new(DreamBatch { created_at: made, ..batch(next, 4) })).await.unwrap();
+        }
+        let age = Retention { max_age: Some(Duration::from_secs(60)), seed_images: 2, ..Retention::default() };
+        assert_eq!(log.index().victims(&age, now), [8, 12]);
+        // What goes for its age is no reason to let go of more for the sake of size.
+        let both = Retention { max_images: Some(16), ..age };
+        assert_eq!(log.index().victims(&both, now), [8, 12]);
+        assert_eq!(log.index().victims(&Retention { max_images: Some(15), ..age }, now), [4, 8, 12]);
+        drop(log);
+        let log = open_in(&storage, age).await;
+        log.retain().await.unwrap();
+        let firsts = inspect::first_sequences(&storage).await.unwrap();
+        assert_eq!(firsts, [0, 4, 16, 20]);
+        assert_eq!(evicted::records(&storage).await.unwrap(), [(8, 16)]);
+        // A reader of the young one before is told where it can go on.
+        assert!(matches!(log.locate(4), Located::Chunk(_)));
+        assert_eq!(log.locate(8), Located::Overtaken { first_sequence: 16 });
+        let again = open_in(&storage, age).await;
+        assert_eq!((again.extent(), again.locate(8)), (log.extent(), Located::Overtaken { first_sequence: 16 }));
+        let inspection = inspect::inspect(&storage).await.unwrap().unwrap();
+        let problems: Vec<_> = verify::layout(&inspection).into_iter().filter(|f| f.kind.is_problem()).collect();
+        assert_eq!(problems, []);
+    });
+}
+
 #[test]
 fn what_is_gone_from_the_storage_is_noticed_by_nobody_reading() {
     // Time passes only once nothing else can happen.
@@ -309,7 +347,7 @@ fn what_is_gone_from_the_storage_is_noticed_by_nobody_reading() {
         for first in [8, 16, 20] {
             storage.delete(&open::chunk_name(first)).await.unwrap();
         }
-        let error = log.tend().await.unwrap_err().to_string();
+        let error = log.tend(true).await.unwrap_err().to_string();
         assert!(error.contains("no chunk of the log is there any more"), "{error}");
         assert_eq!(log.extent().images, 12);
     });

@@ -8,44 +8,68 @@ use std::time::{Duration, Instant, SystemTime};
 use metrics::counter;
 use tokio::time::MissedTickBehavior;
 
-use super::chunk::ChunkError;
 use super::index::Entry;
-use super::{Log, chunk, evicted, open};
-use crate::storage::StorageError;
+use super::{Log, evicted, open};
+use crate::storage::{Found, StorageError};
+use crate::store::{CHUNKS, FOLDERS};
 use crate::telemetry;
 
-/// How often the storage is looked through for chunks of other replicas.
+/// How often other replicas' chunks are looked for.
 const FOLLOW: Duration = Duration::from_secs(2);
-/// How often retention by age is looked after, what other replicas evicted is noticed, and remains are swept.
+/// How often retention by age is looked after, and what other replicas evicted is noticed.
 pub(super) const UPKEEP: Duration = Duration::from_secs(30);
+/// Of so many rounds of upkeep one lists the whole log, which takes as long as the log is large.
+const THOROUGH: u64 = 10;
+/// Who has not looked for so long lists the log: another replica may have used the next sequence and let go of it again,
+/// before an older chunk if their clocks differ.
+const LONG_AGO: Duration = Duration::from_secs(10);
 
 impl Log {
-    /// Takes what other replicas wrote since the last look.
+    /// Takes what other replicas wrote since the last look. Where nothing is new this asks for three objects, whatever the
+    /// size of the log: its identity, the next chunk, and the newest that is known. While that one is there, the next
+    /// cannot have come and gone.
     pub async fn refresh(&self) -> Result<(), StorageError> {
+        self.storage.check().await?;
+        let long_ago = self.looked().elapsed() > LONG_AGO;
+        loop {
+            let asked = Instant::now();
+            let next = self.extent().next_sequence;
+            let newest = self.index().newest();
+            let name = open::chunk_name(next);
+            let Some(bytes) = self.storage.size(&name).await? else {
+                let newest = newest.filter(|_| !long_ago);
+                let is_there = match newest.map(open::chunk_name) {
+                    Some(name) => self.storage.size(&name).await?.is_some(),
+                    None => false,
+                };
+                if !is_there {
+                    return self.relist().await;
+                }
+                self.set_looked(asked);
+                return Ok(());
+            };
+            if let Some(error) = self.take_found(&Found { name: name.clone(), bytes }, next).await? {
+                // Whoever appends after it finds out, and says so.
+                tracing::debug!(%error, name, "a newer replica's chunk");
+                self.set_looked(asked);
+                return Ok(());
+            }
+            if self.extent().next_sequence == next {
+                return self.relist().await;
+            }
+        }
+    }
+
+    /// As [`Self::refresh`], by a list of all that lies behind the newest chunk that is known.
+    pub(super) async fn relist(&self) -> Result<(), StorageError> {
         let asked = Instant::now();
-        let newest = self.index().entries().next_back().map(|entry| entry.summary.first_sequence);
-        let after = newest.map(open::chunk_name);
-        let origin = self.identity.origin();
-        for found in self.storage.list(open::CHUNKS, after.as_deref()).await? {
+        self.storage.check().await?;
+        let after = self.index().newest().map(open::chunk_name);
+        for found in self.storage.list(CHUNKS, after.as_deref()).await? {
             let Some(first) = open::first_sequence(&found.name) else { continue };
-            match open::read_head(&self.storage, &found, first, &origin).await {
-                Ok(Some(entry)) if first >= self.extent().next_sequence => self.take(entry),
-                Ok(_) => {}
-                Err(open::HeadError::Storage(error)) => return Err(error),
-                Err(open::HeadError::Chunk(error @ ChunkError::UnknownFormat { .. })) => {
-                    // Whoever appends after it finds out, and says so.
-                    tracing::debug!(%error, name = %found.name, "a newer replica's chunk");
-                    return Ok(());
-                }
-                Err(open::HeadError::Chunk(error)) => {
-                    let end = first.saturating_add(open::most_images(&error, &origin));
-                    if first >= self.extent().next_sequence && end <= chunk::SEQUENCES {
-                        // Left where it is, it would hide from this daemon's readers whatever comes after it.
-                        self.set_aside(first, &error).await;
-                    } else {
-                        tracing::debug!(%error, name = %found.name, "not a chunk of this log");
-                    }
-                }
+            if let Some(error) = self.take_found(&found, first).await? {
+                tracing::debug!(%error, name = %found.name, "a newer replica's chunk");
+                return Ok(());
             }
         }
         self.set_looked(asked);
@@ -56,26 +80,30 @@ impl Log {
     /// storage does not delete now is tried again with the next call.
     pub async fn retain(&self) -> Result<(), StorageError> {
         let mut evicting = self.evicting.lock().await;
+        let victims = self.index().victims(&self.options.retention, SystemTime::now());
+        if victims.is_empty() && evicting.pending.is_empty() {
+            return Ok(());
+        }
+        // What lies there now may be another log's.
+        self.storage.check().await?;
         let victims: Vec<Arc<Entry>> = {
             let mut index = self.index_mut();
-            let victims = index.victims(&self.options.retention, SystemTime::now());
             // Out of the index first: no new reader starts on what is about to go.
             victims.into_iter().filter_map(|first| index.evict(first)).collect()
         };
         for victim in &victims {
             self.cache.remove(victim.summary.first_sequence).await;
         }
-        evicting.extend(victims.iter().map(|victim| (victim.summary.first_sequence, victim.summary.end())));
-        if let (Some((first, _)), Some((_, end))) = (evicting.first_key_value(), evicting.last_key_value()) {
-            // On record before anything is gone.
-            evicted::record(&self.storage, *first, *end).await?;
-        }
+        let stretch = |victim: &Arc<Entry>| (victim.summary.first_sequence, victim.summary.end());
+        evicting.pending.extend(victims.iter().map(stretch));
+        // On record before anything is gone.
+        evicting.record(&self.storage).await?;
         let mut failed = None;
         // Oldest first, so that what a crash leaves has its holes where the log begins.
-        for first in evicting.keys().copied().collect::<Vec<_>>() {
+        for first in evicting.pending.keys().copied().collect::<Vec<_>>() {
             match self.storage.delete(&open::chunk_name(first)).await {
                 Ok(()) => {
-                    evicting.remove(&first);
+                    evicting.pending.remove(&first);
                     counter!(telemetry::LOG_EVICTED_CHUNKS).increment(1);
                 }
                 // One that cannot be deleted must not keep the others; a storage that does not answer is left alone.
@@ -97,11 +125,16 @@ impl Log {
             interval
         };
         let (mut follow, mut upkeep) = (every(FOLLOW), every(UPKEEP));
+        let mut rounds = 0u64;
         loop {
             let done = tokio::select! {
                 _ = follow.tick() => self.refresh().await,
-                _ = upkeep.tick() => self.tend().await,
+                _ = upkeep.tick() => {
+                    rounds += 1;
+                    self.tend(rounds.is_multiple_of(THOROUGH)).await
+                }
             };
+            self.looked_at_the_store(&done);
             if let Err(error) = done {
                 counter!(telemetry::STORAGE_ERRORS, "operation" => "upkeep").increment(1);
                 tracing::warn!(%error, "the log's upkeep waits for the storage");
@@ -109,31 +142,48 @@ impl Log {
         }
     }
 
-    /// One round of upkeep.
-    pub(super) async fn tend(&self) -> Result<(), StorageError> {
-        self.storage.sweep().await;
-        self.let_go().await?;
+    /// One round of upkeep; a thorough one looks at everything.
+    pub(super) async fn tend(&self, thorough: bool) -> Result<(), StorageError> {
+        self.storage.check().await?;
+        if thorough {
+            self.storage.sweep(&FOLDERS).await?;
+            self.relist().await?;
+            self.evicting.lock().await.known(&evicted::records(&self.storage).await?);
+        }
+        if thorough || self.oldest_is_gone().await? {
+            self.drop_missing().await?;
+        }
         self.retain().await
+    }
+
+    /// Whether another replica let go of the log's beginning.
+    async fn oldest_is_gone(&self) -> Result<bool, StorageError> {
+        let oldest = self.index().oldest(&self.options.retention);
+        match oldest.map(open::chunk_name) {
+            Some(name) => Ok(self.storage.size(&name).await?.is_none()),
+            None => Ok(false),
+        }
     }
 
     /// Takes everything out of the index and the cache that is not in the storage any more and that this daemon did not
     /// evict: another replica did, and hardly one chunk alone. So readers are told where they can really go on.
-    pub(super) async fn let_go(&self) -> Result<(), StorageError> {
+    pub(super) async fn drop_missing(&self) -> Result<(), StorageError> {
+        self.storage.check().await?;
         let known: Vec<u64> = self.index().entries().map(|entry| entry.summary.first_sequence).collect();
-        let found = self.storage.list(open::CHUNKS, None).await?;
+        let found = self.storage.list(CHUNKS, None).await?;
         let there: BTreeSet<u64> = found.iter().filter_map(|found| open::first_sequence(&found.name)).collect();
         let gone: Vec<u64> = known.into_iter().filter(|first| !there.contains(first)).collect();
         if gone.is_empty() {
             return Ok(());
         }
         // After the chunks: a damaged chunk is in quarantine, and an evicted one on record, before it is gone from here.
-        let quarantine = self.stretches(open::QUARANTINE).await?;
+        let quarantine = open::quarantined(&self.storage).await?;
         let damaged: BTreeSet<u64> = quarantine.into_iter().map(|(first, _)| first).collect();
         if there.is_empty() && !gone.iter().all(|first| damaged.contains(first)) {
             // Retention never takes the newest chunk: the folder was emptied, or its disk is not mounted any more.
             return Err(StorageError::Call {
                 action: "find",
-                name: open::CHUNKS.to_owned(),
+                name: CHUNKS.to_owned(),
                 location: self.storage.location().to_owned(),
                 problem: "no chunk of the log is there any more".to_owned(),
             });
@@ -143,7 +193,7 @@ impl Log {
             |records: &[(u64, u64)], first: u64| records.iter().any(|(from, end)| (*from..*end).contains(&first));
         // One look may miss both the old records and the one that they just became.
         for _ in 0..3 {
-            records.extend(self.stretches(open::EVICTED).await?);
+            records.extend(evicted::records(&self.storage).await?);
             if gone.iter().all(|first| damaged.contains(first) || on_record(&records, *first)) {
                 break;
             }
@@ -165,11 +215,5 @@ impl Log {
             self.cache.remove(first).await;
         }
         Ok(())
-    }
-
-    /// The stretches of images that the names in a folder tell of.
-    async fn stretches(&self, folder: &str) -> Result<Vec<(u64, u64)>, StorageError> {
-        let found = self.storage.list(folder, None).await?;
-        Ok(found.iter().filter_map(|found| open::stretch(folder, &found.name)).collect())
     }
 }

@@ -9,9 +9,10 @@
 use futures_util::{StreamExt, pin_mut};
 use serde::Serialize;
 
+use super::evicted::merged;
 use super::inspect::{self, InspectError, Inspection};
-use super::open;
-use crate::storage::{Storage, StorageError, staged_for};
+use crate::storage::{Lying, Storage, StorageError, staged_for};
+use crate::store::{FOLDERS, Object};
 
 /// What can be found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -33,6 +34,8 @@ pub enum Kind {
     Strange,
     /// A stored student that is damaged.
     Student,
+    /// A stored generator that is damaged.
+    Generator,
     /// Images that retention let go of: a note, nothing is wrong.
     Evicted,
     /// What a put left that was broken off, or is under way: a note, too.
@@ -56,6 +59,7 @@ impl Kind {
             Self::Quarantined => "quarantined",
             Self::Strange => "strange",
             Self::Student => "student",
+            Self::Generator => "generator",
             Self::Evicted => "evicted",
             Self::Remains => "remains",
         }
@@ -96,7 +100,11 @@ impl Finding {
 pub fn layout(log: &Inspection) -> Vec<Finding> {
     let mut findings = Vec::new();
     for name in &log.strange {
-        findings.push(Finding::object(Kind::Strange, name.clone(), "it is no object of the log"));
+        findings.push(Finding::object(
+            Kind::Strange,
+            name.clone(),
+            "its sequences are beyond those that a log has; it is left alone",
+        ));
     }
     for head in &log.damaged {
         let kind = if head.foreign { Kind::Foreign } else { Kind::Header };
@@ -129,19 +137,29 @@ pub fn layout(log: &Inspection) -> Vec<Finding> {
     findings
 }
 
-/// Objects outside of the log and of the store's other `folders`, and remains of puts anywhere. What lies within is looked
-/// at by those that it belongs to.
-pub async fn elsewhere(storage: &Storage, folders: &[&str]) -> Result<Vec<Finding>, StorageError> {
-    let other = |name: &str| folders.iter().any(|folder| name.starts_with(folder));
-    let finding = |name: String| match staged_for(&name) {
-        Some(object) if open::is_own_name(object) || other(object) => {
-            let message = "a put is under way, or was broken off; a daemon removes what is older than ten minutes";
-            Some(Finding::object(Kind::Remains, name, message))
+/// What lies in a store and is no object of it: strays, and what puts left that were broken off.
+pub async fn elsewhere(storage: &Storage) -> Result<Vec<Finding>, StorageError> {
+    let remains = "a put is under way, or was broken off; a daemon removes what is older than ten minutes";
+    let probe = "a daemon is starting, or was ended while it did; it can be deleted";
+    let finding = |Lying { name, is_object }: Lying| {
+        if let Some(object) = staged_for(&name).filter(|_| is_object)
+            && Object::named(object).is_some()
+        {
+            return Some(Finding::object(Kind::Remains, name, remains));
         }
-        None if open::is_in_the_log(&name) || other(&name) => None,
-        _ => Some(Finding::object(Kind::Strange, name, "no object of a store has this name")),
+        match Object::named(&name).filter(|_| is_object) {
+            Some(Object::Probe(_)) => Some(Finding::object(Kind::Remains, name, probe)),
+            Some(_) => None,
+            None => Some(Finding::object(Kind::Strange, name, "nothing in a store has this name; it is left alone")),
+        }
     };
-    Ok(storage.names().await?.into_iter().filter_map(finding).collect())
+    Ok(storage.everything(&FOLDERS).await?.into_iter().filter_map(finding).collect())
+}
+
+/// The names of strays.
+pub(super) async fn strays(storage: &Storage) -> Result<Vec<String>, StorageError> {
+    let strange = elsewhere(storage).await?.into_iter().filter(|finding| finding.kind == Kind::Strange);
+    Ok(strange.filter_map(|finding| finding.object).collect())
 }
 
 /// What a hole in the log consists of: stretches that are on record as evicted, and stretches that are not.
@@ -163,20 +181,6 @@ fn hole((mut from, to): (u64, u64), evicted: &[(u64, u64)]) -> Vec<Finding> {
         findings.push(gap((from, to)));
     }
     findings
-}
-
-/// Stretches in their order, those that touch or overlap made one.
-fn merged(stretches: impl Iterator<Item = (u64, u64)>) -> Vec<(u64, u64)> {
-    let mut sorted: Vec<(u64, u64)> = stretches.collect();
-    sorted.sort_unstable();
-    let mut merged: Vec<(u64, u64)> = Vec::new();
-    for (first, end) in sorted {
-        match merged.last_mut() {
-            Some(last) if first <= last.1 => last.1 = last.1.max(end),
-            _ => merged.push((first, end)),
-        }
-    }
-    merged
 }
 
 /// Everything that is wrong with a log, its layout and every chunk's checksum; notes too. Reads the whole log, a few

@@ -112,7 +112,7 @@ impl Opened {
         set(telemetry::LOG_LOST_IMAGES, extent.lost_images as f64);
         set(telemetry::LOG_CACHE_BYTES, log.cached_bytes().await as f64);
         set(telemetry::LOG_CACHE_CAPACITY_BYTES, log.options().cache_bytes as f64);
-        let fault = self.context.storage_fault.borrow().is_some();
+        let fault = self.context.storage_faults.borrow().reason().is_some();
         set(telemetry::STORAGE_FAULT, f64::from(u8::from(fault)));
         let Lag { readers, min, max } = self.context.delivery.audience().lag(extent.next_sequence);
         set(telemetry::SUBSCRIBERS_FRESH, readers as f64);

@@ -8,6 +8,7 @@ use tonic::Status;
 
 use crate::delivery::Delivery;
 use crate::engine::{EngineState, Statuses};
+use crate::log::Faults;
 use crate::model::source::NetworkSource;
 use crate::students::StudentStore;
 use crate::synthesis::settings::{Settings, SynthesizerKind};
@@ -39,8 +40,8 @@ pub struct Context {
     pub engines: Statuses,
     /// The log, and who reads it.
     pub delivery: Arc<Delivery>,
-    /// Why the storage takes no images at present, where it does not.
-    pub storage_fault: watch::Receiver<Option<String>>,
+    /// What is wrong with the storage at present.
+    pub storage_faults: watch::Receiver<Faults>,
     /// Pushed students.
     pub students: Arc<StudentStore>,
     /// A permit for each student that is being fetched.
@@ -76,8 +77,8 @@ impl Context {
                 Readiness::Failed(self.engines.failure().unwrap_or_else(|| "no reason was given".into()))
             }
             EngineState::Synthesizing | EngineState::Resting | EngineState::Blocked | EngineState::Finished => {
-                match self.storage_fault.borrow().clone() {
-                    Some(reason) => Readiness::Storage(reason),
+                match self.storage_faults.borrow().reason() {
+                    Some(reason) => Readiness::Storage(reason.to_owned()),
                     None => Readiness::Ready,
                 }
             }

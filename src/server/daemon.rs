@@ -27,7 +27,7 @@ use crate::config::Config;
 use crate::delivery::{Delivery, Demand, Reason};
 use crate::engine::{self, Engines, Recall};
 use crate::generators;
-use crate::log::{Log, Maker};
+use crate::log::{Faults, Log, Maker};
 use crate::proto::FILE_DESCRIPTOR_SET;
 use crate::storage::Storage;
 use crate::students::{Requirements, StudentStore};
@@ -90,7 +90,9 @@ impl Stored {
             geometry: config.teacher.geometry,
             num_classes: spec.num_classes,
         };
-        let log = Log::open(storage.clone(), config.log, maker).await?;
+        let log = Log::open(storage, config.log, maker).await?;
+        // Students and generators change nothing either where the store is not this log's any more.
+        let storage = log.storage().clone();
         let requirements = Requirements { num_classes: spec.num_classes, in_channels: spec.in_channels };
         let students = StudentStore::open(storage.clone(), requirements, config.students).await?;
         let generator = generators::newest(&storage).await?;
@@ -121,9 +123,8 @@ impl Daemon {
 
         let Stored { storage, log, students, generator } = stored;
         let delivery = Delivery::new(log.clone(), &config.teacher.normalization, students.watch());
-        let (fault, storage_fault) = watch::channel(None);
         let demand = Demand::new(config.demand_mode, config.demand_max_lag, log.clone(), delivery.audience().clone());
-        let reason = reason(demand, storage_fault.clone());
+        let reason = reason(demand, log.faults());
         let settings = config.engine.settings.clone();
         let synthesizer = watch::Sender::new(settings.synthesizer);
         let (output, batches) = async_channel::bounded(config.queue_chunks);
@@ -153,7 +154,7 @@ impl Daemon {
             synthesizer,
             engines: engines.statuses(),
             delivery,
-            storage_fault,
+            storage_faults: log.faults(),
             students: students.clone(),
             fetches: Arc::new(Semaphore::new(config.max_fetches)),
             max_fetches: config.max_fetches,
@@ -179,7 +180,7 @@ impl Daemon {
         let closed = CancellationToken::new();
         tasks.spawn(GRPC, grpc_server(&context, grpc, health_service, closed.clone())?);
         tasks.spawn(HEALTH, health::follow(context.clone(), reporter.clone()));
-        tasks.spawn(INTAKE, log.clone().take_in(batches, fault));
+        tasks.spawn(INTAKE, log.clone().take_in(batches));
         tasks.spawn(GENERATORS, generators::keep(storage, generators));
         tasks.spawn("the log's upkeep", log.upkeep());
         tasks.spawn("the task that follows other daemons' students", students.follow());
@@ -264,8 +265,8 @@ impl From<Ended> for ServeError {
 }
 
 /// Whether the engine should make images, and why.
-fn reason(demand: Demand, storage_fault: watch::Receiver<Option<String>>) -> Arc<dyn Fn() -> Reason + Send + Sync> {
-    Arc::new(move || if storage_fault.borrow().is_some() { Reason::Storage } else { demand.reason() })
+fn reason(demand: Demand, faults: watch::Receiver<Faults>) -> Arc<dyn Fn() -> Reason + Send + Sync> {
+    Arc::new(move || if faults.borrow().reason().is_some() { Reason::Storage } else { demand.reason() })
 }
 
 /// The gRPC server; it ends once `closed` is cancelled and the open connections have closed.

@@ -16,10 +16,10 @@ use tokio::sync::{Semaphore, watch};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::spec::NetworkSpec;
 use crate::storage::{Storage, StorageError, blocking};
+use crate::store::{Object, STUDENTS};
 
 pub use error::PushError;
 pub(crate) use error::beginning;
-pub use object::FOLDER;
 pub use push::{Push, PushHeader};
 use versions::Versions;
 
@@ -89,18 +89,13 @@ pub struct Audit {
     pub sound: Vec<u64>,
     /// Versions that are not: name and problem.
     pub damaged: Vec<(String, String)>,
-    /// Names of objects that are no students.
-    pub strange: Vec<String>,
 }
 
 /// Reads every stored student, one at a time, and proves its SHA-256. Changes nothing.
 pub async fn audit(storage: &Storage) -> Result<Audit, StorageError> {
     let mut audit = Audit::default();
-    for found in storage.list(object::FOLDER, None).await? {
-        let Some(version) = object::version(&found.name) else {
-            audit.strange.push(found.name);
-            continue;
-        };
+    for found in storage.list(STUDENTS, None).await? {
+        let Some(Object::Student(version)) = Object::named(&found.name) else { continue };
         // One that is gone since the listing was let go of for newer ones.
         let Some(bytes) = storage.get(&found.name).await? else { continue };
         match blocking(move || object::read(version, bytes)).await.and_then(|read| read) {

@@ -12,21 +12,8 @@ use super::Student;
 use super::versions::Candidate;
 use crate::model::checkpoint::{Checkpoint, HeaderLimits, TensorToWrite, encode, hex};
 use crate::model::spec::NetworkSpec;
-use crate::storage::{number, numbered};
 
-/// Where students lie.
-pub const FOLDER: &str = "students/";
 const FORMAT: &str = "dreamfeed.student.v1";
-
-/// The name of a version; the order of names is the order of versions.
-pub(super) fn name(version: u64) -> String {
-    numbered(FOLDER, version)
-}
-
-/// The version in a name.
-pub(super) fn version(name: &str) -> Option<u64> {
-    number(FOLDER, name)
-}
 
 /// The object for a checked student.
 pub(super) fn write(candidate: &Candidate) -> Result<Bytes, String> {

@@ -13,7 +13,21 @@ use super::{Accepted, PushError, Student, object};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::spec::NetworkSpec;
 use crate::storage::{Created, Storage, StorageError, blocking};
+use crate::store::{Object, STUDENTS};
 use crate::telemetry;
+
+/// The name of a version; the order of names is the order of versions.
+fn name(version: u64) -> String {
+    Object::Student(version).name()
+}
+
+/// The version in a name.
+fn version(name: &str) -> Option<u64> {
+    match Object::named(name) {
+        Some(Object::Student(version)) => Some(version),
+        _ => None,
+    }
+}
 
 /// A checked student that has no version yet.
 pub(super) struct Candidate {
@@ -85,9 +99,11 @@ impl Versions {
     }
 
     async fn refresh(&self, known: &mut BTreeSet<u64>) -> Result<(), StorageError> {
-        let after = known.last().map(|version| object::name(*version));
-        let found = self.storage.list(object::FOLDER, after.as_deref()).await?;
-        let new: Vec<u64> = found.iter().filter_map(|found| object::version(&found.name)).collect();
+        let after = known.last().map(|version| name(*version));
+        // What lies there now may be another store's.
+        self.storage.check().await?;
+        let found = self.storage.list(STUDENTS, after.as_deref()).await?;
+        let new: Vec<u64> = found.iter().filter_map(|found| version(&found.name)).collect();
         // Newest first, until one is whole.
         for version in new.iter().rev() {
             if let Some(student) = self.load(*version).await? {
@@ -101,7 +117,8 @@ impl Versions {
 
     /// The stored student; None where it is gone, or damaged.
     async fn load(&self, version: u64) -> Result<Option<Student>, StorageError> {
-        let name = object::name(version);
+        let name = name(version);
+        self.storage.check().await?;
         let Some(bytes) = self.storage.get(&name).await? else { return Ok(None) };
         match blocking(move || object::read(version, bytes)).await.and_then(|read| read) {
             Ok(student) => Ok(Some(student)),
@@ -170,7 +187,7 @@ impl Versions {
             let version = known.last().map_or(1, |newest| newest + 1);
             // After an error the version may be there all the same. It is then found by the next look, and the same push
             // again is no new one.
-            if self.storage.create(&object::name(version), bytes.clone()).await? == Created::Taken {
+            if self.storage.create(&name(version), bytes.clone()).await? == Created::Taken {
                 continue;
             }
             known.insert(version);
@@ -179,7 +196,7 @@ impl Versions {
             self.refresh(&mut known).await?;
             let newest = known.last().copied().unwrap_or(version);
             if version + self.kept as u64 <= newest {
-                self.storage.delete(&object::name(version)).await?;
+                self.storage.delete(&name(version)).await?;
                 known.remove(&version);
                 continue;
             }
@@ -206,7 +223,7 @@ impl Versions {
         let most = self.kept as u64;
         let old: Vec<u64> = known.iter().copied().take_while(|version| *version + most <= newest).collect();
         for version in old {
-            match self.storage.delete(&object::name(version)).await {
+            match self.storage.delete(&name(version)).await {
                 Ok(()) => _ = known.remove(&version),
                 Err(error) => return tracing::warn!(%error, "an old student stays for now"),
             }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::support::{Daemon, assert_consecutive, images, take, within};
+use crate::support::{Daemon, assert_consecutive, images, take, wait_for, within};
 use bytes::Bytes;
 use dreamfeed::client::{ClientError, Start};
 use dreamfeed::log::FORMAT;
@@ -144,6 +144,7 @@ async fn a_start_outside_the_log_says_what_is_there() {
     // Room for a few chunks only.
     let daemon = Daemon::start(&["--batch-size", "8", "--max-images", "160", "--log-max-bytes", "8KiB"]);
     daemon.wait_metric("dreamfeed_log_next_sequence", 160.0);
+    wait_for("retention after the last chunk", || daemon.metric("dreamfeed_log_bytes").unwrap() <= 8192.0);
     let client = daemon.client().await;
     let first = client.describe().await.unwrap().log.unwrap().first_sequence;
     assert!(first > 0);

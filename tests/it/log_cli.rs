@@ -260,6 +260,8 @@ fn what_has_no_business_in_a_store_is_named_wherever_it_lies() {
     let store = Store::whole(2);
     store.push_student();
     let names = ["x/y", "notes.txt", "log/chunks/notes.txt#1", "log/other/z", "students.bak/1"];
+    // Of a folder that is nobody's its name says all.
+    let named = ["x/", "notes.txt", "log/chunks/notes.txt#1", "log/other/", "students.bak/"];
     let remains = "log/chunks/00000000000000000024.safetensors#1";
     for name in names.iter().chain(&[remains]) {
         let path = store.path().join(name);
@@ -273,13 +275,14 @@ fn what_has_no_business_in_a_store_is_named_wherever_it_lies() {
     };
     let mut strange = of_kind("strange");
     strange.sort();
-    let mut expected = names.map(str::to_owned);
+    let mut expected = named.map(str::to_owned);
     expected.sort();
     assert_eq!((code, strange, &report["problems"]), (1, expected.to_vec(), &json!(5)));
     // Nothing is wrong with a put that was broken off.
     assert_eq!(of_kind("remains"), [remains]);
-    for name in names {
-        std::fs::remove_file(store.path().join(name)).unwrap();
+    for name in named {
+        let path = store.path().join(name);
+        if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) }.unwrap();
     }
     assert_eq!(store.verify().0, 0);
 }

@@ -15,6 +15,7 @@ mod objective_golden;
 mod pruning;
 mod pushing;
 mod storage;
+mod stores;
 mod students;
 mod subscriptions;
 mod tiers;

@@ -7,12 +7,12 @@ use serde_json::json;
 use super::{StoreArgs, counted, headline, images, print};
 use crate::log::inspect;
 use crate::log::verify::{Finding, Kind, elsewhere, verify};
-use crate::students;
+use crate::{generators, students};
 
 /// Reads everything in a store, and says what is wrong with it.
 ///
-/// Every chunk's and every stored student's checksum, holes and overlaps in the log, objects that have no business there,
-/// and what lies in quarantine. Ends with 0 where nothing is wrong, else with 1. What retention let go of is a note:
+/// Every chunk's and every stored student's checksum, every stored generator, holes and overlaps in the log, whatever has
+/// no business there (also names that are no UTF-8, links that lead nowhere, folders), and what lies in quarantine. Ends with 0 where nothing is wrong, else with 1. What retention let go of is a note:
 /// daemons put it on record before they delete, so every other hole is a loss. So is what a put left that was broken off or
 /// is under way: daemons remove it. Chunks missing behind the newest that is left cannot be noticed.
 #[derive(Debug, clap::Args)]
@@ -27,12 +27,12 @@ pub(super) struct Args {
 pub(super) async fn run(args: Args) -> anyhow::Result<()> {
     let storage = args.store.open()?;
     let log = args.store.found(inspect::inspect(&storage).await)?;
-    let mut findings = elsewhere(&storage, &[students::FOLDER]).await?;
+    let mut findings = elsewhere(&storage).await?;
     findings.extend(verify(&storage, &log).await?);
     let students = students::audit(&storage).await?;
     findings.extend(students.damaged.into_iter().map(|(name, why)| Finding::object(Kind::Student, name, why)));
-    let strange = |name| Finding::object(Kind::Strange, name, "it is no student");
-    findings.extend(students.strange.into_iter().map(strange));
+    let generators = generators::audit(&storage).await?;
+    findings.extend(generators.into_iter().map(|(name, why)| Finding::object(Kind::Generator, name, why)));
 
     let problems = findings.iter().filter(|finding| finding.kind.is_problem()).count() as u64;
     let total: u64 = log.entries.iter().map(|entry| u64::from(entry.summary.count)).sum();

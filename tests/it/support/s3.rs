@@ -81,6 +81,8 @@ pub enum Mode {
     Hang,
     /// Passes them on, and keeps the answer to every other put to itself.
     Forget,
+    /// Passes them on without their conditions, as a server does that knows none.
+    Unconditional,
 }
 
 /// Stands before a server; one request a connection.
@@ -89,24 +91,33 @@ pub struct Proxy {
     mode: Arc<Mutex<Mode>>,
     /// Answers that were kept back.
     pub forgotten: Arc<AtomicU64>,
+    /// Requests that asked for a list of what lies in the log.
+    pub listings: Arc<AtomicU64>,
+}
+
+/// What the proxy counts.
+#[derive(Clone, Default)]
+struct Counters {
+    puts: Arc<AtomicU64>,
+    forgotten: Arc<AtomicU64>,
+    listings: Arc<AtomicU64>,
 }
 
 impl Proxy {
     pub fn before(server: &str) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap().to_string();
-        let (mode, forgotten) = (Arc::new(Mutex::new(Mode::Pass)), Arc::new(AtomicU64::new(0)));
-        let (server, current, counter) = (server.to_owned(), mode.clone(), forgotten.clone());
-        let puts = Arc::new(AtomicU64::new(0));
+        let (mode, counters) = (Arc::new(Mutex::new(Mode::Pass)), Counters::default());
+        let (forgotten, listings) = (counters.forgotten.clone(), counters.listings.clone());
+        let (server, current) = (server.to_owned(), mode.clone());
         std::thread::spawn(move || {
             for socket in listener.incoming().flatten() {
-                let (server, current) = (server.clone(), current.clone());
-                let (counter, puts) = (counter.clone(), puts.clone());
+                let (server, current, counters) = (server.clone(), current.clone(), counters.clone());
                 // Errors here are connections that a test's daemon or a test's end broke.
-                std::thread::spawn(move || serve(socket, &server, &current, &puts, &counter));
+                std::thread::spawn(move || serve(socket, &server, &current, &counters));
             }
         });
-        Self { address, mode, forgotten }
+        Self { address, mode, forgotten, listings }
     }
 
     pub fn set(&self, mode: Mode) {
@@ -114,13 +125,7 @@ impl Proxy {
     }
 }
 
-fn serve(
-    mut socket: TcpStream,
-    server: &str,
-    mode: &Mutex<Mode>,
-    puts: &AtomicU64,
-    forgotten: &AtomicU64,
-) -> std::io::Result<()> {
+fn serve(mut socket: TcpStream, server: &str, mode: &Mutex<Mode>, counters: &Counters) -> std::io::Result<()> {
     let mut reader = BufReader::new(socket.try_clone()?);
     let (mut head, mut length) = (String::new(), 0);
     loop {
@@ -135,7 +140,8 @@ fn serve(
         if line == "\r\n" {
             break;
         }
-        if !lower.starts_with("connection:") {
+        let condition = lower.starts_with("if-none-match:") && *mode.lock().unwrap() == Mode::Unconditional;
+        if !lower.starts_with("connection:") && !condition {
             head.push_str(&line);
         }
     }
@@ -155,15 +161,21 @@ fn serve(
             return Ok(());
         }
         Mode::Slow(pause) => std::thread::sleep(pause),
-        Mode::Pass | Mode::Forget => {}
+        Mode::Pass | Mode::Forget | Mode::Unconditional => {}
+    }
+    if head.contains("list-type=2") && head.contains("log") {
+        counters.listings.fetch_add(1, Ordering::SeqCst);
     }
     let mut upstream = TcpStream::connect(server)?;
     upstream.write_all(format!("{head}Connection: close\r\n\r\n").as_bytes())?;
     upstream.write_all(&body)?;
     let mut answer = Vec::new();
     upstream.read_to_end(&mut answer)?;
-    if now == Mode::Forget && head.starts_with("PUT ") && puts.fetch_add(1, Ordering::SeqCst).is_multiple_of(2) {
-        forgotten.fetch_add(1, Ordering::SeqCst);
+    if now == Mode::Forget
+        && head.starts_with("PUT ")
+        && counters.puts.fetch_add(1, Ordering::SeqCst).is_multiple_of(2)
+    {
+        counters.forgotten.fetch_add(1, Ordering::SeqCst);
         return Ok(());
     }
     socket.write_all(&answer)
