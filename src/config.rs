@@ -6,6 +6,7 @@
 //! Each source becomes a TOML table of the same shape, later ones overlay earlier ones, and [`Config`] is what remains.
 
 mod layers;
+mod limits;
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -25,6 +26,8 @@ use crate::model::source::{NetworkSource, SourceOptions};
 use crate::students::StudentLimits;
 use crate::synthesis::settings::SynthesisOptions;
 use crate::telemetry::LogFormat;
+
+pub use limits::{LimitOptions, Limits};
 
 /// The outputs of a student where nothing else is set.
 const DEFAULT_MAX_CLASSES: usize = 1 << 16;
@@ -103,6 +106,9 @@ pub struct ServeOptions {
     /// Pushed students.
     #[command(flatten, next_help_heading = "Students")]
     pub students: StudentOptions,
+    /// What clients may cost.
+    #[command(flatten, next_help_heading = "Limits")]
+    pub limits: LimitOptions,
     /// How to read the teacher's file.
     #[command(flatten, next_help_heading = "Teacher, where its file does not tell")]
     pub source: SourceOptions,
@@ -288,6 +294,8 @@ pub struct Config {
     pub students: StudentLimits,
     /// Fetches of students under way at one time.
     pub max_fetches: usize,
+    /// What clients may cost.
+    pub limits: Limits,
     /// How the daemon's own log lines look.
     pub log_format: LogFormat,
     /// Which of them to write.
@@ -387,9 +395,12 @@ impl Config {
         let idle_timeout = span("students.idle_timeout", options.students.idle_timeout, 30, 3600);
         let push_timeout = span("students.push_timeout", options.students.push_timeout, 600, 86_400);
 
+        let limits = options.limits.resolve(problems);
         let log_filter = options.log_level.clone().unwrap_or_else(|| "info".into());
         let wrong = EnvFilter::try_new(&log_filter).err();
-        check(wrong.is_none(), format!("log_level {log_filter:?}: give error, warn, info, debug or trace"));
+        if wrong.is_some() {
+            problems.push(format!("log_level {log_filter:?}: give error, warn, info, debug or trace"));
+        }
 
         let teacher = match &options.teacher {
             None => Err("teacher is missing; give a safetensors file with --teacher FILE".to_owned()),
@@ -469,6 +480,7 @@ impl Config {
             liveness_timeout,
             students: StudentLimits { max_bytes, max_classes, max_pushes, kept_versions, idle_timeout, push_timeout },
             max_fetches,
+            limits,
             log_format: options.log_format.unwrap_or_default(),
             log_filter,
         })

@@ -117,7 +117,7 @@ metrics! {
     SUBSCRIBERS_CAPACITY = "dreamfeed_subscribers_capacity", Kind::Gauge, Count, "The bound on open streams.";
     STREAM_ENDS = "dreamfeed_stream_ends_total", Kind::Counter, Count,
         "Streams ended. reason: client (it left), draining, failed (the engine), overtaken (by retention), lost (a damaged chunk), \
-         storage (it does not answer), error.";
+         storage (it does not answer), room (slow readers hold all memory of messages), error.";
     SUBSCRIBERS_FRESH = "dreamfeed_subscribers_fresh", Kind::Gauge, Count, "Open streams that want fresh images.";
     LAG_IMAGES = "dreamfeed_lag_images", Kind::Gauge, Count,
         "Images in the log that streams of fresh images have not been sent yet. bound: min (the foremost stream), max (the hindmost).";
@@ -137,6 +137,19 @@ metrics! {
     PUSHES_CAPACITY = "dreamfeed_pushes_capacity", Kind::Gauge, Count, "The bound on pushes under way.";
     FETCHES_UNDER_WAY = "dreamfeed_fetches_under_way", Kind::Gauge, Count, "Students that are being sent to whoever fetches them.";
     FETCHES_CAPACITY = "dreamfeed_fetches_capacity", Kind::Gauge, Count, "The bound on those.";
+    CONNECTIONS = "dreamfeed_connections", Kind::Gauge, Count, "Open connections. port: grpc, admin.";
+    CONNECTIONS_CAPACITY = "dreamfeed_connections_capacity", Kind::Gauge, Count,
+        "The bound on open connections. port: grpc, admin.";
+    CONNECTIONS_REFUSED = "dreamfeed_connections_refused_total", Kind::Counter, Count,
+        "Connections closed, or not accepted. port: grpc, admin. reason: limit (as many are open as may be), descriptors (the process \
+         has none left), silent (no header of a request came in time).";
+    REQUEST_BYTES = "dreamfeed_request_bytes", Kind::Gauge, Bytes,
+        "Memory that is reserved for requests that are still being read.";
+    REQUEST_CAPACITY_BYTES = "dreamfeed_request_capacity_bytes", Kind::Gauge, Bytes, "The bound on that memory.";
+    REQUESTS_REFUSED = "dreamfeed_requests_refused_total", Kind::Counter, Count,
+        "Requests refused by a limit. reason: room (that memory is used up), size (of the request), late (no answer in time).";
+    MESSAGE_BYTES = "dreamfeed_message_bytes", Kind::Gauge, Bytes, "Messages on their way to readers, over all streams.";
+    MESSAGE_CAPACITY_BYTES = "dreamfeed_message_capacity_bytes", Kind::Gauge, Bytes, "The bound on those bytes.";
     FETCHES_REFUSED = "dreamfeed_fetches_refused_total", Kind::Counter, Count, "Fetches refused because of that bound.";
     RPC_SECONDS = "dreamfeed_rpc_seconds", Kind::Histogram(RPC_BUCKETS), Seconds,
         "Time until a call was answered; for server streams until they opened. method: the service's methods; code: \

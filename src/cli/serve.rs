@@ -11,13 +11,15 @@ use crate::{server, telemetry};
 ///
 /// Every setting can stand in a TOML file (--config), in the environment, or on the command line; the later wins. A
 /// setting's key in the file is its name here with underscores, in a section where it belongs to one ([source],
-/// [synthesis], [log], [demand], [students]); its variable is DREAMFEED_ and that path in capitals.
+/// [synthesis], [log], [demand], [students], [limits]); its variable is DREAMFEED_ and that path in capitals.
 ///
 /// For example --batch-size is batch_size under [synthesis], or DREAMFEED_SYNTHESIS_BATCH_SIZE; --listen is listen, or
 /// DREAMFEED_LISTEN; --log-max-bytes is max_bytes under [log], or DREAMFEED_LOG_MAX_BYTES; --demand is mode under
 /// [demand]; and
 /// --max-student-bytes, --max-pushes, --max-fetches, --kept-students, --push-idle-timeout and --push-timeout are max_bytes,
-/// max_pushes, max_fetches, kept_versions, idle_timeout and push_timeout under [students].
+/// max_pushes, max_fetches, kept_versions, idle_timeout and push_timeout under [students]. Of --max-request-bytes and its
+/// like the keys under [limits] have no max in front: request_bytes, message_bytes, connections, admin_connections,
+/// streams_per_connection, header_timeout and call_timeout.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Read settings from this TOML file.
@@ -31,10 +33,22 @@ pub struct Args {
     pub options: ServeOptions,
 }
 
+/// Raises the soft limit on open files to the hard one, and says what it then is.
+fn raise_descriptors() -> u64 {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let raised = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit on open files stays as it is");
+    }
+    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
+}
+
 /// Serves until SIGTERM or SIGINT. `problems`: what is wrong with the flags, to be told with all that is wrong elsewhere.
 pub fn run(args: Args, problems: Vec<String>) -> anyhow::Result<()> {
-    let config = Config::load(&args.options, problems, args.config.as_deref(), std::env::vars_os())?;
+    let mut config = Config::load(&args.options, problems, args.config.as_deref(), std::env::vars_os())?;
     telemetry::install_logs(config.log_format, EnvFilter::try_new(&config.log_filter)?);
+    config.limits = config.limits.within(raise_descriptors());
     if args.end_with_parent {
         // The signal that would be sent at the parent's end is sent by nobody where it has ended already; then this one has
         // another parent by now, and goes on: that window is a few milliseconds of its start.

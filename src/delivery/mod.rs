@@ -4,6 +4,7 @@
 mod assemble;
 mod audience;
 mod demand;
+mod flight;
 mod policy;
 mod sampling;
 mod subscription;
@@ -26,6 +27,7 @@ pub use assemble::FORMAT;
 use assemble::PixelTables;
 pub use audience::{Audience, Lag, Ticket};
 pub use demand::{Demand, DemandMode, Reason};
+pub use flight::{Flight, NoRoom, Room};
 pub use policy::{COMPETITION_FLOOR, PixelFormat, Policy, Replay, Sampling, Shard, Staleness};
 use sampling::{ROWS_PER_DRAW, Table, draw_rows};
 pub use subscription::{End, Message, Subscription};
@@ -42,6 +44,7 @@ pub struct Delivery {
     pixels: Arc<PixelTables>,
     students: watch::Receiver<Option<Arc<Student>>>,
     audience: Arc<Audience>,
+    flight: Arc<Flight>,
     tables: Mutex<HashMap<TableKey, Weak<Table>>>,
     /// For [`Self::recall`].
     uniform: Arc<Table>,
@@ -50,17 +53,19 @@ pub struct Delivery {
 }
 
 impl Delivery {
-    /// Delivery out of a log.
+    /// Delivery out of a log. Messages of all readers together hold as many bytes as there is room for in `flight`.
     pub fn new(
         log: Arc<Log>,
         normalization: &Normalization,
         students: watch::Receiver<Option<Arc<Student>>>,
+        flight: Arc<Flight>,
     ) -> Arc<Self> {
         Arc::new(Self {
             log,
             pixels: Arc::new(PixelTables::new(normalization)),
             students,
             audience: Arc::default(),
+            flight,
             tables: Mutex::default(),
             uniform: Arc::new(Table::new(Sampling::Uniform, None)),
             sent: AtomicU64::new(0),
@@ -76,6 +81,11 @@ impl Delivery {
     /// Who reads it now.
     pub fn audience(&self) -> &Arc<Audience> {
         &self.audience
+    }
+
+    /// The memory of messages on their way.
+    pub fn flight(&self) -> &Arc<Flight> {
+        &self.flight
     }
 
     /// The newest accepted student version, 0 = none.

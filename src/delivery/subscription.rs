@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use super::assemble::{Assembly, Layout};
 use super::policy::Policy;
 use super::sampling::{ROWS_PER_DRAW, Table, draw_rows};
-use super::{Delivery, Ticket};
+use super::{Delivery, NoRoom, Ticket};
 use crate::log::{CacheUse, Chunk, Entry, Located, ReadError};
 use crate::storage::blocking;
 
@@ -77,6 +77,14 @@ pub enum End {
     },
     /// The storage does not answer.
     Storage(String),
+    /// Messages of other readers, which are slow, left no room for the next one.
+    NoRoom(NoRoom),
+}
+
+impl From<NoRoom> for End {
+    fn from(problem: NoRoom) -> Self {
+        Self::NoRoom(problem)
+    }
 }
 
 /// One image on its way into a message.
@@ -214,7 +222,9 @@ impl Subscription {
     /// A chunk as it was made, or the rest of the one that the position lies in.
     async fn whole_chunk(&mut self) -> Result<Option<Message>, End> {
         let Some(entry) = self.locate()? else { return Ok(None) };
+        let room = self.delivery.flight.room(entry.bytes).await?;
         let Some(mut chunk) = self.load(entry.summary.first_sequence).await? else {
+            drop(room);
             return Box::pin(self.whole_chunk()).await;
         };
         let position = self.position;
@@ -229,7 +239,7 @@ impl Subscription {
         self.sent_to = self.position;
         self.sent += u64::from(count);
         Ok(Some(Message {
-            payload: chunk.payload().clone(),
+            payload: room.hold(chunk.payload().clone()),
             position: self.position,
             first_sequence: chunk.first_sequence(),
             count,
@@ -393,6 +403,8 @@ impl Subscription {
             _ => Arc::new(Layout::new(self.delivery.log.identity(), self.policy.pixels, picks.len(), fresh)),
         };
         self.layout = Some(layout.clone());
+        // Before there is anything to hold.
+        let room = self.delivery.flight.room(layout.bytes() as u64).await?;
         let payload = if self.policy.is_deterministic() {
             let (first_sequence, end) = (first.sequence(), last.sequence() + 1);
             let key = CacheUse { first_sequence, end, form: self.form.clone() };
@@ -407,7 +419,7 @@ impl Subscription {
                     self.drop_stale();
                     return Ok(None);
                 }
-                Ok(Some(self.sent(payload, &picks, fresh)))
+                Ok(Some(self.sent(room.hold(payload), &picks, fresh)))
             }
             Err(ReadError::Gone | ReadError::Damaged) => {
                 self.look_again()?;

@@ -24,7 +24,7 @@ async fn delivery(counts: &[usize]) -> Arc<Delivery> {
 
 fn delivery_of(log: Arc<Log>) -> Arc<Delivery> {
     let normalization = Normalization { mean: vec![0.5], std: vec![0.25] };
-    Delivery::new(log, &normalization, watch::channel(None).1)
+    Delivery::new(log, &normalization, watch::channel(None).1, Flight::new(1 << 30, 1))
 }
 
 /// The sequences that a message's pixels spell.

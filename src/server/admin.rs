@@ -122,6 +122,11 @@ impl Opened {
         let waiting = self.queue.upgrade().map_or(0, |queue| queue.len());
         set(telemetry::QUEUE_CHUNKS, waiting as f64);
         set(telemetry::QUEUE_CAPACITY_CHUNKS, self.queue_capacity as f64);
+        let (requests, flight) = (&self.context.requests, self.context.delivery.flight());
+        set(telemetry::REQUEST_BYTES, requests.in_flight() as f64);
+        set(telemetry::REQUEST_CAPACITY_BYTES, requests.capacity() as f64);
+        set(telemetry::MESSAGE_BYTES, flight.bytes() as f64);
+        set(telemetry::MESSAGE_CAPACITY_BYTES, flight.capacity() as f64);
         set(telemetry::SUBSCRIBERS_CAPACITY, self.context.max_streams as f64);
         set(telemetry::PUSHES_UNDER_WAY, self.context.students.pushes_under_way() as f64);
         set(telemetry::PUSHES_CAPACITY, self.context.students.limits().max_pushes as f64);

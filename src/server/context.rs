@@ -6,6 +6,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
+use super::requests::Requests;
 use crate::delivery::Delivery;
 use crate::engine::{EngineState, Statuses};
 use crate::log::Faults;
@@ -42,6 +43,8 @@ pub struct Context {
     pub delivery: Arc<Delivery>,
     /// What is wrong with the storage at present.
     pub storage_faults: watch::Receiver<Faults>,
+    /// Memory of requests.
+    pub requests: Arc<Requests>,
     /// Pushed students.
     pub students: Arc<StudentStore>,
     /// A permit for each student that is being fetched.

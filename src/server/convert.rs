@@ -9,7 +9,7 @@ use tonic::{Code, Status};
 use super::context::Context;
 use super::describe;
 use crate::client::NEXT_SEQUENCE;
-use crate::delivery::{End, PixelFormat, Policy, Replay, Sampling, Shard, Staleness};
+use crate::delivery::{End, NoRoom, PixelFormat, Policy, Replay, Sampling, Shard, Staleness};
 use crate::log::{CursorError, Extent, Located, Log};
 use crate::model::source::NetworkSource;
 use crate::proto::stream_start::Position;
@@ -228,6 +228,14 @@ pub(super) fn end_status(end: &End) -> Status {
         End::Storage(problem) => {
             let message = format!("the log cannot be read at present: {problem}; resume from the last cursor");
             status(Code::Unavailable, &message)
+        }
+        End::NoRoom(NoRoom { bytes, capacity }) => {
+            let message = format!(
+                "no room came free for a message of {bytes} bytes: slow readers hold the {capacity} that all messages may \
+                 have together (its setting limits.message_bytes); resume from the last cursor, with back-off or with a \
+                 smaller batch_size"
+            );
+            status(Code::ResourceExhausted, &message)
         }
     }
 }

@@ -11,20 +11,21 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 use super::admin::{self, Opened, Pages};
+use super::connections::{Connections, Port};
 use super::context::Context;
 use super::frames::Framed;
 use super::limits::{CONNECTION_WINDOW, EARLY_STREAMS, KEEPALIVE, MAX_REQUEST_BYTES, STREAM_WINDOW};
+use super::requests::Requests;
 use super::service::{DreamfeedServer, Service};
 use super::signals::{ReadyFile, Signals};
 use super::tasks::{Ended, Tasks};
 use super::{Listeners, ServeError, health};
 use crate::config::Config;
-use crate::delivery::{Delivery, Demand, Reason};
+use crate::delivery::{Delivery, Demand, Flight, Reason};
 use crate::engine::{self, Engines, Recall};
 use crate::generators;
 use crate::log::{Faults, Log, Maker};
@@ -110,7 +111,9 @@ impl Daemon {
         let Listeners { grpc, admin, grpc_address, admin_address } = listeners;
         let mut tasks = Tasks::default();
         let pages = Arc::new(Pages::new(metrics.clone()));
-        let admin = tokio::net::TcpListener::from_std(admin)?;
+        let limits = config.limits;
+        let admin = Connections::new(admin, Port::Admin, limits.admin_connections, limits.header_timeout)?;
+        let grpc = Connections::new(grpc, Port::Grpc, limits.connections, limits.header_timeout)?;
         tasks.spawn(ADMIN, axum::serve(admin, admin::router(pages.clone())).into_future());
         let stored = tokio::select! {
             stored = Stored::open(&config) => stored?,
@@ -122,7 +125,9 @@ impl Daemon {
         };
 
         let Stored { storage, log, students, generator } = stored;
-        let delivery = Delivery::new(log.clone(), &config.teacher.normalization, students.watch());
+        // Each stream has a message on its way, and some have one more.
+        let flight = Flight::new(limits.message_bytes, config.max_streams + EARLY_STREAMS);
+        let delivery = Delivery::new(log.clone(), &config.teacher.normalization, students.watch(), flight);
         let demand = Demand::new(config.demand_mode, config.demand_max_lag, log.clone(), delivery.audience().clone());
         let reason = reason(demand, log.faults());
         let settings = config.engine.settings.clone();
@@ -155,6 +160,7 @@ impl Daemon {
             engines: engines.statuses(),
             delivery,
             storage_faults: log.faults(),
+            requests: Requests::new(limits.request_bytes, limits.call_timeout),
             students: students.clone(),
             fetches: Arc::new(Semaphore::new(config.max_fetches)),
             max_fetches: config.max_fetches,
@@ -178,7 +184,8 @@ impl Daemon {
         // The reporter begins with SERVING.
         health::report(&reporter, ServingStatus::NotServing).await;
         let closed = CancellationToken::new();
-        tasks.spawn(GRPC, grpc_server(&context, grpc, health_service, closed.clone())?);
+        tasks
+            .spawn(GRPC, grpc_server(&context, grpc, limits.streams_per_connection, health_service, closed.clone())?);
         tasks.spawn(HEALTH, health::follow(context.clone(), reporter.clone()));
         tasks.spawn(INTAKE, log.clone().take_in(batches));
         tasks.spawn(GENERATORS, generators::keep(storage, generators));
@@ -272,7 +279,8 @@ fn reason(demand: Demand, faults: watch::Receiver<Faults>) -> Arc<dyn Fn() -> Re
 /// The gRPC server; it ends once `closed` is cancelled and the open connections have closed.
 fn grpc_server(
     context: &Arc<Context>,
-    listener: std::net::TcpListener,
+    connections: Connections,
+    streams_per_connection: u32,
     health: tonic_health::pb::health_server::HealthServer<impl tonic_health::pb::health_server::Health>,
     closed: CancellationToken,
 ) -> Result<impl Future<Output = Result<(), tonic::transport::Error>> + Send + 'static, ServeError> {
@@ -281,20 +289,19 @@ fn grpc_server(
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .build_v1()
         .map_err(|e| ServeError::Internal(format!("the contract cannot be reflected: {e}")))?;
-    let incoming = TcpIncoming::from(tokio::net::TcpListener::from_std(listener)?)
-        .with_nodelay(Some(true))
-        .with_keepalive(Some(KEEPALIVE));
     let inner = DreamfeedServer::new(Service(context.clone())).max_decoding_message_size(MAX_REQUEST_BYTES);
     let service = Framed { inner, context: context.clone() };
+    let requests = &context.requests;
     Ok(Server::builder()
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
-        .add_service(health)
-        .add_service(reflection)
-        .add_service(service)
-        .serve_with_incoming_shutdown(incoming, async move { closed.cancelled().await }))
+        .max_concurrent_streams(streams_per_connection)
+        .add_service(requests.around(health))
+        .add_service(requests.around(reflection))
+        .add_service(requests.around(service))
+        .serve_with_incoming_shutdown(connections.incoming(), async move { closed.cancelled().await }))
 }
 
 async fn metrics_upkeep(metrics: PrometheusHandle) {

@@ -3,6 +3,7 @@
 //! [`bind`] takes the ports before anything expensive starts; [`run`] serves on them until a signal, then drains.
 
 mod admin;
+mod connections;
 mod context;
 mod convert;
 mod daemon;
@@ -12,6 +13,7 @@ mod frames;
 mod health;
 mod limits;
 mod push_student;
+mod requests;
 mod service;
 mod set_synthesizer;
 mod signals;

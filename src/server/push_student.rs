@@ -85,6 +85,7 @@ async fn receive(
     context: &Arc<Context>,
     messages: Streaming<PushStudentRequest>,
 ) -> Result<PushStudentResponse, Failure> {
+    let slot = context.students.slot()?;
     let limits = *context.students.limits();
     let mut incoming = Incoming {
         messages,
@@ -97,7 +98,7 @@ async fn receive(
         Some(Part::Data(_)) => return Err(PushError::Header("data came first; send the header first".into()).into()),
         None => return Err(PushError::Header("the stream ended before the header".into()).into()),
     };
-    let mut push = context.students.begin(header)?;
+    let mut push = slot.begin(header)?;
     while let Some(part) = incoming.next().await? {
         match part {
             Part::Data(piece) => push = write(push, piece).await?,

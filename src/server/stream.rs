@@ -131,6 +131,7 @@ impl Reader {
                         End::Lost { .. } => "lost",
                         End::Ahead { .. } => "error",
                         End::Storage(_) => "storage",
+                        End::NoRoom(_) => "room",
                     };
                     Err(convert::end_status(&end))
                 }

@@ -1,6 +1,6 @@
 //! Versions of the student: checked in full before anything changes, then published to whoever watches.
 //!
-//! Nothing here knows of a device or of the wire. [`StudentStore::begin`] opens a [`Push`], which takes bytes as they
+//! Nothing here knows of a device or of the wire. [`StudentStore::slot`] and [`Slot::begin`] open a [`Push`], which takes bytes as they
 //! come; [`Push::finish`] checks them and commits. Where versions live is the business of [`versions`] alone.
 
 mod error;
@@ -20,7 +20,7 @@ use crate::store::{Object, STUDENTS};
 
 pub use error::PushError;
 pub(crate) use error::beginning;
-pub use push::{Push, PushHeader};
+pub use push::{Push, PushHeader, Slot};
 use versions::Versions;
 
 /// How often the storage is looked through for students of other daemons.

@@ -44,39 +44,47 @@ pub struct Push {
     slot: OwnedSemaphorePermit,
 }
 
+/// A place among the pushes under way, freed when this is dropped.
+#[derive(Debug)]
+pub struct Slot {
+    store: Arc<StudentStore>,
+    permit: OwnedSemaphorePermit,
+}
+
 impl StudentStore {
+    /// Takes a place before anything of a push is read.
+    pub fn slot(self: &Arc<Self>) -> Result<Slot, PushError> {
+        let busy = |_| PushError::Busy { limit: self.limits.max_pushes };
+        let permit = self.slots.clone().try_acquire_owned().map_err(busy)?;
+        Ok(Slot { store: self.clone(), permit })
+    }
+}
+
+impl Slot {
     /// Opens a push, or refuses it before any byte of the file is read.
-    pub fn begin(self: &Arc<Self>, header: PushHeader) -> Result<Push, PushError> {
+    pub fn begin(self, header: PushHeader) -> Result<Push, PushError> {
+        let Self { store, permit } = self;
         if header.arch.len() > MAX_ARCH_BYTES {
             return Err(PushError::Arch(format!(
                 "arch has {} bytes; give at most {MAX_ARCH_BYTES}",
                 header.arch.len()
             )));
         }
-        if header.byte_length > self.limits.max_bytes {
-            return Err(PushError::TooLarge { bytes: header.byte_length, limit: self.limits.max_bytes });
+        if header.byte_length > store.limits.max_bytes {
+            return Err(PushError::TooLarge { bytes: header.byte_length, limit: store.limits.max_bytes });
         }
-        NetworkSpec::fresh(&header.arch, self.requirements.in_channels, self.requirements.num_classes)?;
+        NetworkSpec::fresh(&header.arch, store.requirements.in_channels, store.requirements.num_classes)?;
         // Only an early answer to what commit decides atomically. A repeated push of the current bytes is no conflict: it
         // is what a trainer does that lost the answer to its first.
         if let Some(replaces) = header.replaces_version {
-            let current = self.current();
+            let current = store.current();
             let same = current.as_ref().is_some_and(|s| s.sha256 == header.sha256 && s.arch == header.arch);
             let current = current.map_or(0, |student| student.version);
             if replaces != current && !same {
                 return Err(PushError::Conflict { replaces, current });
             }
         }
-        let busy = |_| PushError::Busy { limit: self.limits.max_pushes };
-        let slot = self.slots.clone().try_acquire_owned().map_err(busy)?;
-        Ok(Push {
-            store: self.clone(),
-            file: Vec::new(),
-            hash: Sha256::new(),
-            received_at: Instant::now(),
-            header,
-            slot,
-        })
+        Ok(Push { store, file: Vec::new(), hash: Sha256::new(), received_at: Instant::now(), header, slot: permit })
     }
 }
 

@@ -14,7 +14,7 @@ use std::time::{Duration, SystemTime};
 use crate::support::{ARCH, CHANNELS, CLASSES, Daemon, LONG, images, within};
 use bytes::Bytes;
 use dreamfeed::client::{Client, Start};
-use dreamfeed::delivery::{Delivery, End, Policy, Shard, Subscription};
+use dreamfeed::delivery::{Delivery, End, Flight, Policy, Shard, Subscription};
 use dreamfeed::log::{self, Entry, Located, Log, LogOptions, Maker, ReadError, Retention};
 use dreamfeed::model::checkpoint::Checkpoint;
 use dreamfeed::model::source::{Geometry, Normalization};
@@ -122,7 +122,7 @@ async fn push(students: &Arc<StudentStore>, file: &Bytes, step: u64) -> Accepted
         trainer_step: step,
         replaces_version: None,
     };
-    let mut push = students.begin(header).unwrap();
+    let mut push = students.slot().unwrap().begin(header).unwrap();
     push.write(file).unwrap();
     push.finish().await.unwrap()
 }
@@ -386,7 +386,7 @@ impl Model {
         let students = open_students(&storage).await;
         self.check_students(&students, killed).await;
         let normalization = Normalization { mean: vec![0.5], std: vec![0.5] };
-        let delivery = Delivery::new(log.clone(), &normalization, students.watch());
+        let delivery = Delivery::new(log.clone(), &normalization, students.watch(), Flight::new(1 << 30, 1));
         for rank in 0..self.ranks.len() {
             self.read_on(rank, &log, &delivery, random).await;
         }

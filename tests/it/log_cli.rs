@@ -91,7 +91,7 @@ impl Store {
                 trainer_step: 1,
                 replaces_version: None,
             };
-            let mut push = store.begin(header).unwrap();
+            let mut push = store.slot().unwrap().begin(header).unwrap();
             push.write(&file).unwrap();
             assert_eq!(push.finish().await.unwrap().student.version, 1);
         });

@@ -10,6 +10,7 @@ mod delivery;
 mod faults;
 mod identity;
 mod lifecycle;
+mod limits;
 mod log_cli;
 mod objective_golden;
 mod pruning;

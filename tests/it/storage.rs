@@ -10,7 +10,7 @@ use crate::support::s3::S3;
 use crate::support::{ARCH, CHANNELS, CLASSES, Daemon, LONG, assert_consecutive, images, student, take, within};
 use bytes::Bytes;
 use dreamfeed::client::{Batch, Client, ClientError, Pushed, Start};
-use dreamfeed::delivery::{Delivery, End, Policy};
+use dreamfeed::delivery::{Delivery, End, Flight, Policy};
 use dreamfeed::log::{Located, Log, LogOptions, Maker, ReadError, Retention};
 use dreamfeed::model::checkpoint::Checkpoint;
 use dreamfeed::model::source::{Geometry, Normalization};
@@ -238,7 +238,7 @@ async fn evicted_elsewhere(one: &Storage, other: &Storage) {
     assert!(matches!(reading.locate(0), Located::Chunk(_)));
     let (_, students) = tokio::sync::watch::channel(None);
     let normalization = Normalization { mean: vec![0.5], std: vec![0.5] };
-    let delivery = Delivery::new(reading.clone(), &normalization, students);
+    let delivery = Delivery::new(reading.clone(), &normalization, students, Flight::new(1 << 30, 1));
     let mut subscription = delivery.subscribe(3, Policy::default());
     // One look, and it knows everything: nobody is sent from one evicted chunk to the next.
     let end = within(subscription.next()).await.unwrap_err();
@@ -275,7 +275,7 @@ async fn damage(storage: &Storage, other: &Storage) {
     // A batched reader gets everything before the damage, in a message that is short.
     let (_, students) = tokio::sync::watch::channel(None);
     let normalization = Normalization { mean: vec![0.5], std: vec![0.5] };
-    let delivery = Delivery::new(log.clone(), &normalization, students);
+    let delivery = Delivery::new(log.clone(), &normalization, students, Flight::new(1 << 30, 1));
     let mut subscription = delivery.subscribe(0, Policy { batch_size: Some(3), ..Policy::default() });
     let mut seen = Vec::new();
     let end = loop {
@@ -333,7 +333,7 @@ async fn push(students: &Arc<StudentStore>, file: &Bytes) -> Accepted {
         trainer_step: 7,
         replaces_version: None,
     };
-    let mut push = students.begin(header).unwrap();
+    let mut push = students.slot().unwrap().begin(header).unwrap();
     push.write(file).unwrap();
     push.finish().await.unwrap()
 }

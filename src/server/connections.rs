@@ -1,0 +1,223 @@
+//! Connections on both ports: so many at one time, and none that is held without asking for anything.
+
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use futures_util::stream::{self, Stream};
+use metrics::{counter, gauge};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, Sleep};
+use tonic::transport::server::Connected;
+
+use crate::telemetry;
+
+/// How long nothing is accepted once the process has no descriptor left.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Which port it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Port {
+    /// HTTP/2, whose connections serve many calls and live long.
+    Grpc,
+    /// HTTP/1, one request after the other.
+    Admin,
+}
+
+impl Port {
+    /// The value of the metrics' label.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Grpc => "grpc",
+            Self::Admin => "admin",
+        }
+    }
+}
+
+/// Whether a request came over a connection; in the extensions of each.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Greeting(Arc<AtomicBool>);
+
+impl Greeting {
+    /// One came.
+    pub fn came(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// A port that takes connections.
+#[derive(Debug)]
+pub(super) struct Connections {
+    listener: TcpListener,
+    port: Port,
+    places: Arc<Semaphore>,
+    header_timeout: Duration,
+}
+
+impl Connections {
+    /// At most `most` at one time; each must bring the header of a request within `header_timeout`.
+    pub fn new(
+        listener: std::net::TcpListener,
+        port: Port,
+        most: usize,
+        header_timeout: Duration,
+    ) -> io::Result<Self> {
+        let listener = TcpListener::from_std(listener)?;
+        gauge!(telemetry::CONNECTIONS, "port" => port.name()).set(0.0);
+        gauge!(telemetry::CONNECTIONS_CAPACITY, "port" => port.name()).set(most as f64);
+        for reason in ["limit", "descriptors", "silent"] {
+            counter!(telemetry::CONNECTIONS_REFUSED, "port" => port.name(), "reason" => reason).increment(0);
+        }
+        Ok(Self { listener, port, places: Arc::new(Semaphore::new(most)), header_timeout })
+    }
+
+    fn refused(&self, reason: &'static str) {
+        counter!(telemetry::CONNECTIONS_REFUSED, "port" => self.port.name(), "reason" => reason).increment(1);
+    }
+
+    /// The next one that there is a place for; one beyond is closed at once, so that its client tries elsewhere.
+    async fn next(&mut self) -> Connection {
+        let mut told = false;
+        loop {
+            match self.listener.accept().await {
+                Ok((io, _)) => match self.places.clone().try_acquire_owned() {
+                    Ok(place) => {
+                        // Without it a small message waits for the acknowledgement of the one before.
+                        let _ = io.set_nodelay(true);
+                        return Connection::new(io, self.port, self.header_timeout, place);
+                    }
+                    Err(_) => self.refused("limit"),
+                },
+                // The client's own business.
+                Err(error) if is_of_one_connection(&error) => {}
+                Err(error) => {
+                    self.refused("descriptors");
+                    if !std::mem::replace(&mut told, true) {
+                        tracing::warn!(port = self.port.name(), %error, "no connection can be accepted for now");
+                    }
+                    tokio::time::sleep(PAUSE).await;
+                }
+            }
+        }
+    }
+
+    /// Connections as they come, for ever.
+    pub fn incoming(self) -> impl Stream<Item = io::Result<Connection>> {
+        stream::unfold(self, |mut this| async move { Some((Ok(this.next().await), this)) })
+    }
+}
+
+fn is_of_one_connection(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
+    matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
+}
+
+impl axum::serve::Listener for Connections {
+    type Io = Connection;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (Connection, SocketAddr) {
+        let connection = self.next().await;
+        let peer = connection.io.peer_addr().unwrap_or_else(|_| SocketAddr::from(([0, 0, 0, 0], 0)));
+        (connection, peer)
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+}
+
+/// One connection. Reading from it fails once the header of a request has been waited for too long.
+#[derive(Debug)]
+pub(super) struct Connection {
+    io: TcpStream,
+    port: Port,
+    header_timeout: Duration,
+    greeting: Greeting,
+    /// Until when a request must have come; None once one did.
+    patience: Option<Pin<Box<Sleep>>>,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Connection {
+    fn new(io: TcpStream, port: Port, header_timeout: Duration, place: OwnedSemaphorePermit) -> Self {
+        gauge!(telemetry::CONNECTIONS, "port" => port.name()).increment(1.0);
+        let patience = Some(Box::pin(tokio::time::sleep(header_timeout)));
+        Self { io, port, header_timeout, greeting: Greeting::default(), patience, _place: place }
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        gauge!(telemetry::CONNECTIONS, "port" => self.port.name()).decrement(1.0);
+    }
+}
+
+impl Connected for Connection {
+    type ConnectInfo = Greeting;
+
+    fn connect_info(&self) -> Greeting {
+        self.greeting.clone()
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(mut self: Pin<&mut Self>, task: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.greeting.0.load(Ordering::Relaxed) {
+            self.patience = None;
+        }
+        // Asked first: what trickles in does not put off the end.
+        if let Some(patience) = &mut self.patience
+            && patience.as_mut().poll(task).is_ready()
+        {
+            counter!(telemetry::CONNECTIONS_REFUSED, "port" => self.port.name(), "reason" => "silent").increment(1);
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
+        Pin::new(&mut self.io).poll_read(task, buffer)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(mut self: Pin<&mut Self>, task: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.io).poll_write(task, bytes);
+        self.answered(&written);
+        written
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        task: &mut Context<'_>,
+        pieces: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.io).poll_write_vectored(task, pieces);
+        self.answered(&written);
+        written
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, task: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(task)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, task: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(task)
+    }
+}
+
+impl Connection {
+    /// Over HTTP/1 an answer is followed by the wait for the next request.
+    fn answered(&mut self, written: &Poll<io::Result<usize>>) {
+        if let (Port::Admin, Poll::Ready(Ok(_)), Some(patience)) = (self.port, written, &mut self.patience) {
+            patience.as_mut().reset(Instant::now() + self.header_timeout);
+        }
+    }
+}
