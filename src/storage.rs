@@ -179,7 +179,7 @@ impl Storage {
         Path::from_iter(self.root.parts().chain(Path::from(name).parts()))
     }
 
-    fn failed(&self, action: &'static str, name: &str, problem: String) -> StorageError {
+    pub(crate) fn failed(&self, action: &'static str, name: &str, problem: String) -> StorageError {
         StorageError::Call { action, name: name.to_owned(), location: self.location.to_string(), problem }
     }
 

@@ -141,7 +141,7 @@ metrics! {
     CONNECTIONS_CAPACITY = "dreamfeed_connections_capacity", Kind::Gauge, Count,
         "The bound on open connections. port: grpc, admin.";
     CONNECTIONS_REFUSED = "dreamfeed_connections_refused_total", Kind::Counter, Count,
-        "Connections closed, or not accepted. port: grpc, admin. reason: limit (as many are open as may be), descriptors (the process \
+        "Connections closed, or not accepted. port: grpc, admin. reason: limit (as many are open as may be; the longest silent one makes place), descriptors (the process \
          has none left), silent (no header of a request came in time).";
     REQUEST_BYTES = "dreamfeed_request_bytes", Kind::Gauge, Bytes,
         "Memory that is reserved for requests that are still being read.";

@@ -14,7 +14,7 @@ use super::evicted::{self, Evicting};
 use super::index::Index;
 use super::{ChunkError, Entry, Log, LogIdentity, LogOptions, Origin, verify};
 use crate::model::source::Geometry;
-use crate::storage::{Created, Found, Storage, StorageError};
+use crate::storage::{Created, Found, Storage, StorageError, blocking};
 use crate::store::{self, CHUNKS, IDENTITY, Object, QUARANTINE, SEQUENCES};
 
 /// The `format` in the log's identity.
@@ -173,29 +173,43 @@ pub(super) async fn read_head(
     Err(HeadError::Chunk(ChunkError::Damaged("its header goes on and on".into())))
 }
 
+/// A chunk's object, and what its beginning came to; None where it is gone.
+type ReadHead = (u64, Found, Result<Option<Entry>, ChunkError>);
+
 /// Reads the beginnings of many chunks, in their order.
 async fn read_heads(
     storage: &Storage,
-    chunks: &[(u64, Found)],
-    origin: &Origin<'_>,
-) -> Result<Vec<Result<Option<Entry>, ChunkError>>, StorageError> {
+    chunks: Vec<(u64, Found)>,
+    identity: Arc<Identity>,
+) -> Result<Vec<ReadHead>, StorageError> {
     // One of no bytes would make a bucket refuse the range: it is read by itself, and refused there.
     let names = chunks.iter().filter(|(_, found)| found.bytes > 0).map(|(_, found)| found.name.clone()).collect();
-    let mut heads = storage.heads(names, HEAD_BYTES).await?.into_iter();
-    let mut read = Vec::with_capacity(chunks.len());
-    for (first, found) in chunks {
-        let head = if found.bytes > 0 { heads.next().flatten() } else { Some(Bytes::new()) };
-        let entry = match head.map(|head| entry(found, *first, origin, &head)) {
+    let heads = storage.heads(names, HEAD_BYTES).await?;
+    let parsing = identity.clone();
+    let parse = move || {
+        let (origin, mut heads) = (parsing.origin(), heads.into_iter());
+        let parse = |(first, found): (u64, Found)| {
+            let head = if found.bytes > 0 { heads.next().flatten() } else { Some(Bytes::new()) };
+            let parsed = head.map(|head| entry(&found, first, &origin, &head));
+            (first, found, parsed)
+        };
+        chunks.into_iter().map(parse).collect::<Vec<_>>()
+    };
+    let parsed = blocking(parse).await.map_err(|problem| storage.failed("read", CHUNKS, problem))?;
+    let mut read = Vec::with_capacity(parsed.len());
+    for (first, found, parsed) in parsed {
+        let entry = match parsed {
             None => Ok(None),
             Some(Ok(Ok(entry))) => Ok(Some(entry)),
             Some(Err(error)) if found.bytes > 0 => Err(error),
-            Some(_) => match read_head(storage, found, *first, origin).await {
+            // It has more to say than was read.
+            Some(_) => match read_head(storage, &found, first, &identity.origin()).await {
                 Ok(entry) => Ok(entry),
                 Err(HeadError::Chunk(error)) => Err(error),
                 Err(HeadError::Storage(error)) => return Err(error),
             },
         };
-        read.push(entry);
+        read.push((first, found, entry));
     }
     Ok(read)
 }
@@ -259,26 +273,24 @@ pub(super) async fn read(storage: &Storage, identity: Identity) -> Result<Conten
     let chunks: Vec<(u64, Found)> =
         found.into_iter().filter_map(|found| Some((first_sequence(&found.name)?, found))).collect();
     let firsts: Vec<u64> = chunks.iter().map(|(first, _)| *first).collect();
-    let origin = &contents.identity.origin();
-    let groups: Vec<&[(u64, Found)]> = chunks.chunks(GROUP).collect();
-    let mut read = stream::iter(groups)
-        .map(|group| async move { (group, read_heads(storage, group, origin).await) })
-        .buffered(GROUPS);
-    while let Some((group, heads)) = read.next().await {
-        for ((first, found), head) in group.iter().zip(heads?) {
+    let identity = Arc::new(contents.identity.clone());
+    let groups: Vec<Vec<(u64, Found)>> = chunks.chunks(GROUP).map(<[_]>::to_vec).collect();
+    let mut read = stream::iter(groups).map(|group| read_heads(storage, group, identity.clone())).buffered(GROUPS);
+    while let Some(heads) = read.next().await {
+        for (first, found, head) in heads? {
             match head {
                 Ok(Some(entry)) => contents.entries.push(entry),
                 Ok(None) => {}
                 Err(error) => {
-                    let most = first.saturating_add(most_images(&error, origin));
+                    let most = first.saturating_add(most_images(&error, &identity.origin()));
                     // What would take the last sequences away from the log is none of its own.
                     if most > SEQUENCES {
-                        contents.strange.push(found.name.clone());
+                        contents.strange.push(found.name);
                         continue;
                     }
-                    let next = firsts.get(firsts.partition_point(|next| next <= first)).copied();
-                    let (name, first) = (found.name.clone(), *first);
-                    contents.damaged.push(DamagedHead { name, first, end: next.unwrap_or(most).min(most), error });
+                    let next = firsts.get(firsts.partition_point(|next| *next <= first)).copied();
+                    let end = next.unwrap_or(most).min(most);
+                    contents.damaged.push(DamagedHead { name: found.name, first, end, error });
                 }
             }
         }

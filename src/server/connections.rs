@@ -1,10 +1,12 @@
-//! Connections on both ports: so many at one time, and none that is held without asking for anything.
+//! Connections on both ports: a bounded number at one time, and none that is held without asking for anything. Where all
+//! places are taken, a new connection gets the place of the one that has been silent for longest.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -14,12 +16,15 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, Sleep};
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::transport::server::Connected;
 
 use crate::telemetry;
 
 /// How long nothing is accepted once the process has no descriptor left.
 const PAUSE: Duration = Duration::from_millis(100);
+/// How long the place of a silent connection is waited for.
+const VACATING: Duration = Duration::from_secs(1);
 
 /// Which port it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,12 +56,32 @@ impl Greeting {
     }
 }
 
+/// Connections that have not asked for anything yet, or not since their last answer; the longest silent first.
+#[derive(Debug, Default)]
+struct Silent {
+    next: u64,
+    tokens: BTreeMap<u64, CancellationToken>,
+}
+
+fn lock(silent: &Mutex<Silent>) -> MutexGuard<'_, Silent> {
+    silent.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Silent {
+    fn add(&mut self, token: CancellationToken) -> u64 {
+        self.next += 1;
+        self.tokens.insert(self.next, token);
+        self.next
+    }
+}
+
 /// A port that takes connections.
 #[derive(Debug)]
 pub(super) struct Connections {
     listener: TcpListener,
     port: Port,
     places: Arc<Semaphore>,
+    silent: Arc<Mutex<Silent>>,
     header_timeout: Duration,
 }
 
@@ -74,11 +99,21 @@ impl Connections {
         for reason in ["limit", "descriptors", "silent"] {
             counter!(telemetry::CONNECTIONS_REFUSED, "port" => port.name(), "reason" => reason).increment(0);
         }
-        Ok(Self { listener, port, places: Arc::new(Semaphore::new(most)), header_timeout })
+        Ok(Self { listener, port, places: Arc::new(Semaphore::new(most)), silent: Arc::default(), header_timeout })
     }
 
     fn refused(&self, reason: &'static str) {
         counter!(telemetry::CONNECTIONS_REFUSED, "port" => self.port.name(), "reason" => reason).increment(1);
+    }
+
+    /// A place for one more; None where all are taken by connections that are in use.
+    async fn place(&self) -> Option<OwnedSemaphorePermit> {
+        if let Ok(place) = self.places.clone().try_acquire_owned() {
+            return Some(place);
+        }
+        let (_, longest) = lock(&self.silent).tokens.pop_first()?;
+        longest.cancel();
+        tokio::time::timeout(VACATING, self.places.clone().acquire_owned()).await.ok()?.ok()
     }
 
     /// The next one that there is a place for; one beyond is closed at once, so that its client tries elsewhere.
@@ -86,13 +121,13 @@ impl Connections {
         let mut told = false;
         loop {
             match self.listener.accept().await {
-                Ok((io, _)) => match self.places.clone().try_acquire_owned() {
-                    Ok(place) => {
+                Ok((io, _)) => match self.place().await {
+                    Some(place) => {
                         // Without it a small message waits for the acknowledgement of the one before.
                         let _ = io.set_nodelay(true);
-                        return Connection::new(io, self.port, self.header_timeout, place);
+                        return Connection::new(io, self, place);
                     }
-                    Err(_) => self.refused("limit"),
+                    None => self.refused("limit"),
                 },
                 // The client's own business.
                 Err(error) if is_of_one_connection(&error) => {}
@@ -141,20 +176,64 @@ pub(super) struct Connection {
     header_timeout: Duration,
     greeting: Greeting,
     /// Until when a request must have come; None once one did.
-    patience: Option<Pin<Box<Sleep>>>,
+    patience: Option<Patience>,
+    silent: Arc<Mutex<Silent>>,
     _place: OwnedSemaphorePermit,
 }
 
+/// How long a silent connection stays.
+#[derive(Debug)]
+struct Patience {
+    time: Pin<Box<Sleep>>,
+    /// Its place among the silent ones, and the end that comes when another needs its place.
+    id: u64,
+    vacated: Pin<Box<WaitForCancellationFutureOwned>>,
+}
+
+impl Patience {
+    fn begin(silent: &Mutex<Silent>, time: Duration) -> Self {
+        let token = CancellationToken::new();
+        let id = lock(silent).add(token.clone());
+        Self { time: Box::pin(tokio::time::sleep(time)), id, vacated: Box::pin(token.cancelled_owned()) }
+    }
+
+    /// The same patience from its beginning; whoever waits for its end waits on.
+    fn begin_again(&mut self, silent: &Mutex<Silent>, time: Duration) {
+        self.time.as_mut().reset(Instant::now() + time);
+        let mut silent = lock(silent);
+        if let Some(token) = silent.tokens.remove(&self.id) {
+            self.id = silent.add(token);
+        }
+    }
+
+    /// Why it has come to an end.
+    fn poll_end(&mut self, task: &mut Context<'_>) -> Poll<&'static str> {
+        if self.time.as_mut().poll(task).is_ready() {
+            return Poll::Ready("silent");
+        }
+        self.vacated.as_mut().poll(task).map(|()| "limit")
+    }
+}
+
 impl Connection {
-    fn new(io: TcpStream, port: Port, header_timeout: Duration, place: OwnedSemaphorePermit) -> Self {
+    fn new(io: TcpStream, of: &Connections, place: OwnedSemaphorePermit) -> Self {
+        let (port, header_timeout, silent) = (of.port, of.header_timeout, of.silent.clone());
         gauge!(telemetry::CONNECTIONS, "port" => port.name()).increment(1.0);
-        let patience = Some(Box::pin(tokio::time::sleep(header_timeout)));
-        Self { io, port, header_timeout, greeting: Greeting::default(), patience, _place: place }
+        let patience = Some(Patience::begin(&silent, header_timeout));
+        Self { io, port, header_timeout, greeting: Greeting::default(), patience, silent, _place: place }
+    }
+
+    /// It is not silent any more.
+    fn end_patience(&mut self) {
+        if let Some(patience) = self.patience.take() {
+            lock(&self.silent).tokens.remove(&patience.id);
+        }
     }
 }
 
 impl Drop for Connection {
     fn drop(&mut self) {
+        self.end_patience();
         gauge!(telemetry::CONNECTIONS, "port" => self.port.name()).decrement(1.0);
     }
 }
@@ -170,13 +249,13 @@ impl Connected for Connection {
 impl AsyncRead for Connection {
     fn poll_read(mut self: Pin<&mut Self>, task: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         if self.greeting.0.load(Ordering::Relaxed) {
-            self.patience = None;
+            self.end_patience();
         }
         // Asked first: what trickles in does not put off the end.
         if let Some(patience) = &mut self.patience
-            && patience.as_mut().poll(task).is_ready()
+            && let Poll::Ready(reason) = patience.poll_end(task)
         {
-            counter!(telemetry::CONNECTIONS_REFUSED, "port" => self.port.name(), "reason" => "silent").increment(1);
+            counter!(telemetry::CONNECTIONS_REFUSED, "port" => self.port.name(), "reason" => reason).increment(1);
             return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
         }
         Pin::new(&mut self.io).poll_read(task, buffer)
@@ -216,8 +295,11 @@ impl AsyncWrite for Connection {
 impl Connection {
     /// Over HTTP/1 an answer is followed by the wait for the next request.
     fn answered(&mut self, written: &Poll<io::Result<usize>>) {
-        if let (Port::Admin, Poll::Ready(Ok(_)), Some(patience)) = (self.port, written, &mut self.patience) {
-            patience.as_mut().reset(Instant::now() + self.header_timeout);
+        if let (Port::Admin, Poll::Ready(Ok(_))) = (self.port, written) {
+            let (silent, header_timeout) = (self.silent.clone(), self.header_timeout);
+            if let Some(patience) = &mut self.patience {
+                patience.begin_again(&silent, header_timeout);
+            }
         }
     }
 }

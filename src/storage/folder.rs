@@ -94,7 +94,8 @@ pub(super) fn heads(root: &Path, names: &[String], bytes: u64) -> io::Result<Vec
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error),
         };
-        let mut head = Vec::new();
+        // Most are read whole at once.
+        let mut head = Vec::with_capacity(8 << 10);
         file.take(bytes).read_to_end(&mut head)?;
         Ok(Some(Bytes::from(head)))
     };
@@ -112,7 +113,8 @@ pub(super) fn everything(root: &Path, folders: &[&str]) -> io::Result<Vec<Lying>
             let kind = entry.file_type()?;
             // Also where it is a link to a folder on another disk.
             let below = format!("{name}/");
-            if std::fs::metadata(entry.path()).is_ok_and(|metadata| metadata.is_dir()) {
+            let leads_to_folder = || std::fs::metadata(entry.path()).is_ok_and(|metadata| metadata.is_dir());
+            if kind.is_dir() || kind.is_symlink() && leads_to_folder() {
                 if !folders.contains(&below.as_str()) && below != "lost+found/" {
                     lying.push(Lying { name: below, is_object: false });
                 }
