@@ -12,6 +12,7 @@ pub mod grid;
 pub mod log;
 pub mod model;
 pub mod native;
+mod overlay;
 pub mod server;
 pub mod storage;
 pub mod store;

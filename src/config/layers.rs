@@ -8,6 +8,7 @@ use serde_json::Value as Json;
 use toml::{Table, Value};
 
 use super::{OTHER_VARIABLES, ServeOptions};
+use crate::overlay::overlay;
 
 /// A setting's place, for example `["synthesis", "batch_size"]`.
 type Key = Vec<String>;
@@ -161,17 +162,6 @@ fn accept(key: &Key, readings: Vec<Value>) -> Result<Table, String> {
     }
     errors.truncate(2);
     Err(errors.pop().unwrap_or_else(|| "it cannot be read".into()))
-}
-
-fn overlay(under: &mut Table, over: Table) {
-    for (name, value) in over {
-        match (under.get_mut(&name), value) {
-            (Some(Value::Table(inner)), Value::Table(value)) => overlay(inner, value),
-            (_, value) => {
-                under.insert(name, value);
-            }
-        }
-    }
 }
 
 fn one_line(text: &str) -> String {

@@ -15,9 +15,11 @@ use crate::model::augment::Augmentation;
 
 mod fast;
 mod options;
+mod presets;
 
 pub use fast::{FastOptions, FastSettings, Meta};
 pub use options::SynthesisOptions;
+pub use presets::PRESETS;
 
 /// The batch size at which the published weights were chosen.
 pub const REFERENCE_BATCH: f64 = 256.0;
@@ -146,8 +148,9 @@ impl From<Targets> for String {
     }
 }
 
-/// Every setting of a synthesis run.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+/// Every setting of a synthesis run. What each means is said here, and its value in each preset's file.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Settings {
     /// What makes the images.
     pub synthesizer: SynthesizerKind,
@@ -202,86 +205,11 @@ pub struct Settings {
     pub fast: FastSettings,
 }
 
-/// The names of the presets.
-pub const PRESETS: [&str; 4] = ["cifar10", "cifar10-live", "cifar10-paper", "digits"];
-
 impl Settings {
-    /// The settings of this name.
+    /// The settings of the preset of this name.
     pub fn preset(name: &str) -> Option<Self> {
-        // Yin et al. 2020 as coded for CIFAR-10: plain Adam at a constant rate, no flip, no clipping.
-        let paper = Self {
-            synthesizer: SynthesizerKind::Adi,
-            preset: name.to_owned(),
-            batch_size: 256,
-            iterations: 2000,
-            warm_iterations: 300,
-            hybrid_iterations: 20,
-            learning_rate: 0.05,
-            betas: [0.9, 0.999],
-            schedule: Schedule::Constant,
-            cross_entropy_weight: 1.0,
-            tv_l1_weight: 0.0,
-            tv_l2_weight: 2.5e-5,
-            l2_weight: 3e-8,
-            r_feature_weight: 10.0,
-            first_bn_multiplier: 1.0,
-            compete_weight: 10.0,
-            compete_form: CompeteForm::Js,
-            compete_temperature: 3.0,
-            jitter: 2,
-            flip: false,
-            clip: false,
-            targets: Targets::Balanced,
-            views: 0,
-            view_augmentation: Augmentation { shift: 4, flip: true },
-            fast: FastSettings::PUBLISHED,
-        };
-        // Better by measurement (BENCHMARKS.md): the rate ends at zero, pixels stay valid, and R_feature leaves
-        // cross-entropy room; at the published weight of 10 fewer images are what was asked for.
-        let cifar10 = Self {
-            // The tier that wins on time to accuracy; the rest of these settings is for those who ask for pixels.
-            synthesizer: SynthesizerKind::Fast,
-            // Half the published width: on two cores a batch costs half as much.
-            fast: FastSettings { width: 32, ..FastSettings::PUBLISHED },
-            learning_rate: 0.1,
-            schedule: Schedule::Cosine,
-            tv_l2_weight: 3e-3,
-            l2_weight: 0.0,
-            r_feature_weight: 1.0,
-            compete_weight: 1.0,
-            flip: true,
-            clip: true,
-            ..paper.clone()
-        };
-        match name {
-            "cifar10-paper" => Some(paper),
-            "cifar10" => Some(cifar10),
-            // For a trainer that waits: in a fortieth of the steps nearly as many are recognized by other networks.
-            "cifar10-live" => Some(Self {
-                iterations: 50,
-                warm_iterations: 12,
-                hybrid_iterations: 8,
-                learning_rate: 0.2,
-                compete_weight: 5.0,
-                ..cifar10
-            }),
-            "digits" => Some(Self {
-                batch_size: 128,
-                iterations: 150,
-                warm_iterations: 30,
-                hybrid_iterations: 15,
-                learning_rate: 0.1,
-                schedule: Schedule::Cosine,
-                tv_l2_weight: 1e-3,
-                l2_weight: 0.0,
-                r_feature_weight: 3.0,
-                compete_weight: 10.0,
-                jitter: 1,
-                clip: true,
-                ..paper
-            }),
-            _ => None,
-        }
+        let table = presets::table(name)?;
+        Self::deserialize(toml::Value::Table(table)).ok()
     }
 
     /// These settings as JSON.

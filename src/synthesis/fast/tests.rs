@@ -34,8 +34,9 @@ pub(in crate::synthesis) fn teacher() -> Teacher {
 }
 
 fn settings() -> Settings {
-    let fast = FastSettings { steps: 2, width: 4, latent: 8, warmup: 1, ..FastSettings::PUBLISHED };
-    Settings { batch_size: 6, fast, ..Settings::preset("digits").unwrap() }
+    let digits = Settings::preset("digits").unwrap();
+    let fast = FastSettings { steps: 2, width: 4, latent: 8, warmup: 1, ..digits.fast };
+    Settings { batch_size: 6, fast, ..digits }
 }
 
 fn batch(generator: &mut FastGenerator, teacher: &Teacher, settings: &Settings, seed: u64) -> Tensor {

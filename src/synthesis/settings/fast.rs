@@ -15,7 +15,8 @@ pub enum Meta {
 }
 
 /// Every setting of the generator.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct FastSettings {
     /// Optimizer steps a batch, K.
     pub steps: u32,
@@ -53,27 +54,6 @@ pub struct FastSettings {
 }
 
 impl FastSettings {
-    /// The published settings for CIFAR-10 at K = 5, but for the class, of which the published generator is not told.
-    /// Published, too, are 20 batches before the first training step.
-    pub const PUBLISHED: Self = Self {
-        steps: 5,
-        learning_rate: 3e-3,
-        latent_learning_rate: 0.01,
-        meta: Meta::Fomaml,
-        latent: 256,
-        width: 64,
-        conditional: false,
-        assign: true,
-        cross_entropy_weight: 0.5,
-        r_feature_weight: 10.0,
-        statistics_momentum: 0.9,
-        compete_weight: 1.33,
-        compete_form: CompeteForm::Agreement,
-        reset_every: 0,
-        warmup: 20,
-        samples: 0,
-    };
-
     /// Every way in which the settings cannot work.
     pub fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
@@ -160,50 +140,4 @@ pub struct FastOptions {
     /// Batches that the generator only samples after each that it optimizes.
     #[arg(id = "fast_samples", long = "fast-samples", value_name = "N")]
     pub samples: Option<u32>,
-}
-
-impl FastOptions {
-    /// These options, with those of `over` wherever it gives one.
-    pub fn overridden_by(self, over: Self) -> Self {
-        Self {
-            steps: over.steps.or(self.steps),
-            learning_rate: over.learning_rate.or(self.learning_rate),
-            latent_learning_rate: over.latent_learning_rate.or(self.latent_learning_rate),
-            meta: over.meta.or(self.meta),
-            latent: over.latent.or(self.latent),
-            width: over.width.or(self.width),
-            conditional: over.conditional.or(self.conditional),
-            assign: over.assign.or(self.assign),
-            cross_entropy_weight: over.cross_entropy_weight.or(self.cross_entropy_weight),
-            r_feature_weight: over.r_feature_weight.or(self.r_feature_weight),
-            statistics_momentum: over.statistics_momentum.or(self.statistics_momentum),
-            compete_weight: over.compete_weight.or(self.compete_weight),
-            compete_form: over.compete_form.or(self.compete_form),
-            reset_every: over.reset_every.or(self.reset_every),
-            warmup: over.warmup.or(self.warmup),
-            samples: over.samples.or(self.samples),
-        }
-    }
-
-    /// The settings that these options make of a preset's.
-    pub fn apply(&self, p: FastSettings) -> FastSettings {
-        FastSettings {
-            steps: self.steps.unwrap_or(p.steps),
-            learning_rate: self.learning_rate.unwrap_or(p.learning_rate),
-            latent_learning_rate: self.latent_learning_rate.unwrap_or(p.latent_learning_rate),
-            meta: self.meta.unwrap_or(p.meta),
-            latent: self.latent.unwrap_or(p.latent),
-            width: self.width.unwrap_or(p.width),
-            conditional: self.conditional.unwrap_or(p.conditional),
-            assign: self.assign.unwrap_or(p.assign),
-            cross_entropy_weight: self.cross_entropy_weight.unwrap_or(p.cross_entropy_weight),
-            r_feature_weight: self.r_feature_weight.unwrap_or(p.r_feature_weight),
-            statistics_momentum: self.statistics_momentum.unwrap_or(p.statistics_momentum),
-            compete_weight: self.compete_weight.unwrap_or(p.compete_weight),
-            compete_form: self.compete_form.unwrap_or(p.compete_form),
-            reset_every: self.reset_every.unwrap_or(p.reset_every),
-            warmup: self.warmup.unwrap_or(p.warmup),
-            samples: self.samples.unwrap_or(p.samples),
-        }
-    }
 }

@@ -2,8 +2,11 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{CompeteForm, FastOptions, PRESETS, Schedule, Settings, SynthesizerKind, Targets};
+use toml::{Table, Value};
+
+use super::{CompeteForm, FastOptions, PRESETS, Schedule, Settings, SynthesizerKind, Targets, presets};
 use crate::model::augment::Augmentation;
+use crate::overlay::overlay;
 
 /// A preset, and what to change in it. What is not given keeps the preset's value.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, clap::Args)]
@@ -85,76 +88,33 @@ pub struct SynthesisOptions {
     pub fast: FastOptions,
 }
 
-impl SynthesisOptions {
-    /// These options, with those of `over` wherever it gives one.
-    pub fn overridden_by(self, over: Self) -> Self {
-        Self {
-            synthesizer: over.synthesizer.or(self.synthesizer),
-            preset: over.preset.or(self.preset),
-            batch_size: over.batch_size.or(self.batch_size),
-            iterations: over.iterations.or(self.iterations),
-            warm_iterations: over.warm_iterations.or(self.warm_iterations),
-            hybrid_iterations: over.hybrid_iterations.or(self.hybrid_iterations),
-            learning_rate: over.learning_rate.or(self.learning_rate),
-            schedule: over.schedule.or(self.schedule),
-            cross_entropy_weight: over.cross_entropy_weight.or(self.cross_entropy_weight),
-            tv_l1_weight: over.tv_l1_weight.or(self.tv_l1_weight),
-            tv_l2_weight: over.tv_l2_weight.or(self.tv_l2_weight),
-            l2_weight: over.l2_weight.or(self.l2_weight),
-            r_feature_weight: over.r_feature_weight.or(self.r_feature_weight),
-            first_bn_multiplier: over.first_bn_multiplier.or(self.first_bn_multiplier),
-            compete_weight: over.compete_weight.or(self.compete_weight),
-            compete_form: over.compete_form.or(self.compete_form),
-            compete_temperature: over.compete_temperature.or(self.compete_temperature),
-            jitter: over.jitter.or(self.jitter),
-            flip: over.flip.or(self.flip),
-            clip: over.clip.or(self.clip),
-            targets: over.targets.or(self.targets),
-            views: over.views.or(self.views),
-            view_augmentation: over.view_augmentation.or(self.view_augmentation),
-            fast: self.fast.overridden_by(over.fast),
-        }
-    }
+/// The preset where none is given.
+const DEFAULT: &str = "cifar10";
 
+impl SynthesisOptions {
     /// The settings that these options mean, for a teacher of `num_classes` outputs; otherwise every problem.
     pub fn resolve(&self, num_classes: usize) -> Result<Settings, Vec<String>> {
-        let name = self.preset.as_deref().unwrap_or("cifar10");
-        // An unknown preset must not hide what else is wrong.
-        let (known, p) = match Settings::preset(name) {
-            Some(preset) => (Ok(()), preset),
-            None => match Settings::preset("cifar10") {
-                Some(preset) => (Err(format!("preset is {name:?}; known are {}", PRESETS.join(", "))), preset),
-                None => return Err(Vec::new()),
-            },
-        };
-        let settings = Settings {
-            synthesizer: self.synthesizer.unwrap_or(p.synthesizer),
-            preset: p.preset,
-            batch_size: self.batch_size.unwrap_or(p.batch_size),
-            iterations: self.iterations.unwrap_or(p.iterations),
-            warm_iterations: self.warm_iterations.unwrap_or(p.warm_iterations),
-            hybrid_iterations: self.hybrid_iterations.unwrap_or(p.hybrid_iterations),
-            learning_rate: self.learning_rate.unwrap_or(p.learning_rate),
-            betas: p.betas,
-            schedule: self.schedule.unwrap_or(p.schedule),
-            cross_entropy_weight: self.cross_entropy_weight.unwrap_or(p.cross_entropy_weight),
-            tv_l1_weight: self.tv_l1_weight.unwrap_or(p.tv_l1_weight),
-            tv_l2_weight: self.tv_l2_weight.unwrap_or(p.tv_l2_weight),
-            l2_weight: self.l2_weight.unwrap_or(p.l2_weight),
-            r_feature_weight: self.r_feature_weight.unwrap_or(p.r_feature_weight),
-            first_bn_multiplier: self.first_bn_multiplier.unwrap_or(p.first_bn_multiplier),
-            compete_weight: self.compete_weight.unwrap_or(p.compete_weight),
-            compete_form: self.compete_form.unwrap_or(p.compete_form),
-            compete_temperature: self.compete_temperature.unwrap_or(p.compete_temperature),
-            jitter: self.jitter.unwrap_or(p.jitter),
-            flip: self.flip.unwrap_or(p.flip),
-            clip: self.clip.unwrap_or(p.clip),
-            targets: self.targets.clone().unwrap_or(p.targets),
-            views: self.views.unwrap_or(p.views),
-            view_augmentation: self.view_augmentation.unwrap_or(p.view_augmentation),
-            fast: self.fast.apply(p.fast),
-        };
-        let problems: Vec<String> = known.err().into_iter().chain(settings.problems(num_classes)).collect();
-        if problems.is_empty() { Ok(settings) } else { Err(problems) }
+        let name = self.preset.as_deref().unwrap_or(DEFAULT);
+        let mut problems = Vec::new();
+        let mut table = presets::table(name).unwrap_or_else(|| {
+            problems.push(format!("preset is {name:?}; known are {}", PRESETS.join(", ")));
+            // An unknown preset must not hide what else is wrong.
+            presets::table(DEFAULT).unwrap_or_default()
+        });
+        let given = Self { preset: None, ..self.clone() };
+        let settings = Table::try_from(given).map_err(|error| error.to_string()).and_then(|given| {
+            overlay(&mut table, given);
+            Settings::deserialize(Value::Table(table)).map_err(|error| error.message().to_owned())
+        });
+        match settings {
+            Ok(settings) => {
+                problems.extend(settings.problems(num_classes));
+                if problems.is_empty() { Ok(settings) } else { Err(problems) }
+            }
+            Err(problem) => {
+                problems.push(problem);
+                Err(problems)
+            }
+        }
     }
 }

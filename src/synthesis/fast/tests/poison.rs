@@ -100,7 +100,7 @@ fn what_a_ruined_student_did_to_the_generator_is_undone_within_twenty_batches() 
     let teacher = Teacher { network: frozen(&trained(5, 60)), ..teacher() };
     let student = trained(6, 20);
     let mut settings = settings();
-    settings.fast = FastSettings { latent: 32, width: 8, warmup: 0, ..FastSettings::PUBLISHED };
+    settings.fast = FastSettings { latent: 32, width: 8, warmup: 0, ..settings.fast };
     let mut generator = FastGenerator::fresh(&teacher, &settings);
     let mut world = Against { student: Some(frozen(&student)), restored: Vec::new(), bounded: 0 };
     let before = share(&mut generator, &mut world, &teacher, &settings, 50);
