@@ -69,6 +69,12 @@ impl Context {
         Settings { synthesizer: *self.synthesizer.borrow(), ..self.settings.clone() }
     }
 
+    /// The bytes of one image in a message, at this many bytes a pixel.
+    pub fn image_bytes(&self, pixel_bytes: u64) -> u64 {
+        let (pixels, classes) = (self.teacher.geometry.pixels() as u64, self.teacher.spec.num_classes as u64);
+        pixel_bytes * pixels + 4 * classes + 4 * 8 + 4
+    }
+
     /// Whether work can be accepted. Takes no lock that anybody holds for long.
     pub fn readiness(&self) -> Readiness {
         if self.draining.is_cancelled() {
@@ -104,7 +110,7 @@ impl Context {
     pub fn closing_status(&self) -> Status {
         match self.readiness() {
             Readiness::Failed(reason) => {
-                super::convert::status(tonic::Code::Unavailable, &format!("the engine has failed: {reason}"))
+                super::status::of(tonic::Code::Unavailable, &format!("the engine has failed: {reason}"))
             }
             _ => Status::unavailable("draining; resume elsewhere from the last cursor"),
         }

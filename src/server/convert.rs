@@ -7,27 +7,14 @@ use std::time::Duration;
 use tonic::{Code, Status};
 
 use super::context::Context;
-use super::describe;
-use crate::client::NEXT_SEQUENCE;
-use crate::delivery::{End, NoRoom, PixelFormat, Policy, Replay, Sampling, Shard, Staleness};
-use crate::log::{CursorError, Extent, Located, Log};
+use super::limits::MAX_BATCH_BYTES;
+use super::status;
+use crate::delivery::{PixelFormat, Policy, Replay, Sampling, Shard, Staleness};
+use crate::log::{Extent, Located, Log};
 use crate::model::source::NetworkSource;
 use crate::proto::stream_start::Position;
 use crate::proto::{self, ReplaySampling};
-use crate::students::{PushError, PushHeader, Student, beginning};
-
-/// Bytes of a status message. It travels percent-encoded in an HTTP/2 header, which grpcio caps at 8 KiB.
-const MESSAGE_BYTES: usize = 2000;
-
-/// A status whose message is one line of bounded length, whatever went into it.
-pub(super) fn status(code: Code, message: &str) -> Status {
-    let line: String = message.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-    if line.len() <= MESSAGE_BYTES {
-        return Status::new(code, line);
-    }
-    let kept = beginning(&line, MESSAGE_BYTES);
-    Status::new(code, format!("{kept}... ({} bytes more)", line.len() - kept.len()))
-}
+use crate::students::{PushError, PushHeader, Student};
 
 pub(super) fn teacher(source: &NetworkSource) -> proto::Teacher {
     proto::Teacher {
@@ -100,31 +87,9 @@ pub(super) fn push_header(header: proto::PushStudentHeader) -> Result<PushHeader
     })
 }
 
-pub(super) fn push_status(error: &PushError) -> Status {
-    let code = match error {
-        PushError::TooLarge { .. } | PushError::Cost(_) | PushError::Busy { .. } => Code::ResourceExhausted,
-        PushError::Conflict { .. } => Code::FailedPrecondition,
-        PushError::Storage(_) => Code::Unavailable,
-        PushError::Internal(_) => Code::Internal,
-        PushError::Header(_)
-        | PushError::Truncated { .. }
-        | PushError::TooLong { .. }
-        | PushError::Digest { .. }
-        | PushError::Format(_)
-        | PushError::Unreadable(_)
-        | PushError::Arch(_)
-        | PushError::Tensors(_)
-        | PushError::NotFinite { .. }
-        | PushError::NegativeVariance { .. }
-        | PushError::Channels { .. }
-        | PushError::Classes { .. } => Code::InvalidArgument,
-    };
-    status(code, &error.to_string())
-}
-
 /// The policy that a stream's request asks for.
 pub(super) fn policy(request: &proto::StreamRequest, context: &Context) -> Result<Policy, Status> {
-    let malformed = |problem: String| status(Code::InvalidArgument, &problem);
+    let malformed = |problem: String| status::of(Code::InvalidArgument, &problem);
     let shard = request.shard.unwrap_or_default();
     let (index, count) = (shard.index, shard.count);
     let shard = Shard { index, count: count.max(1) };
@@ -163,8 +128,8 @@ pub(super) fn policy(request: &proto::StreamRequest, context: &Context) -> Resul
             num_classes.saturating_sub(1)
         )));
     }
-    let image = describe::image_bytes(context, pixel_bytes);
-    let most = describe::MAX_BATCH_BYTES.saturating_sub(8192) / image.max(1);
+    let image = context.image_bytes(pixel_bytes);
+    let most = MAX_BATCH_BYTES.saturating_sub(8192) / image.max(1);
     if u64::from(request.batch_size) > most {
         return Err(malformed(format!(
             "batch_size is {}, and at most {most} images of this format fit into one message",
@@ -195,92 +160,15 @@ pub(super) fn start_position(start: Option<&proto::StreamStart>, log: &Log) -> R
         None | Some(Position::Latest(_)) => extent.next_sequence,
         Some(Position::Earliest(_)) => extent.first_sequence,
         Some(Position::Sequence(sequence)) => *sequence,
-        Some(Position::Cursor(cursor)) => log.position(cursor).map_err(|error| cursor_status(&error, &extent))?,
+        Some(Position::Cursor(cursor)) => log.position(cursor).map_err(|error| status::of_cursor(&error, &extent))?,
     };
     // A position is judged by what lies there: the seed set can be read although it lies before the log's beginning.
     match log.locate(sequence) {
         Located::Chunk(_) | Located::Wait => Ok(sequence),
-        Located::Overtaken { first_sequence } => Err(overtaken(sequence, first_sequence)),
-        Located::Lost { next_sequence } => Err(lost(sequence, next_sequence)),
-        Located::Ahead { next_sequence } => Err(ahead(sequence, next_sequence)),
+        Located::Overtaken { first_sequence } => Err(status::overtaken(sequence, first_sequence)),
+        Located::Lost { next_sequence } => Err(status::lost(sequence, next_sequence)),
+        Located::Ahead { next_sequence } => Err(status::ahead(sequence, next_sequence)),
     }
-}
-
-fn cursor_status(error: &CursorError, extent: &Extent) -> Status {
-    match error {
-        CursorError::Malformed(_) => status(Code::InvalidArgument, &format!("start.cursor: {error}")),
-        CursorError::OtherLog(_) => status(
-            Code::OutOfRange,
-            &format!(
-                "start.cursor: {error}; start from earliest: the first sequence that this log holds is {}",
-                extent.first_sequence
-            ),
-        ),
-    }
-}
-
-/// Why a subscription ended.
-pub(super) fn end_status(end: &End) -> Status {
-    match end {
-        End::Overtaken { position, first_sequence } => overtaken(*position, *first_sequence),
-        End::Lost { position, next_sequence } => lost(*position, *next_sequence),
-        End::Ahead { position, next_sequence } => ahead(*position, *next_sequence),
-        End::Storage(problem) => {
-            let message = format!("the log cannot be read at present: {problem}; resume from the last cursor");
-            status(Code::Unavailable, &message)
-        }
-        End::NoRoom(NoRoom { bytes, capacity }) => {
-            let message = format!(
-                "no room came free for a message of {bytes} bytes: slow readers hold the {capacity} that all messages may \
-                 have together (its setting limits.message_bytes); resume from the last cursor, with back-off or with a \
-                 smaller batch_size"
-            );
-            status(Code::ResourceExhausted, &message)
-        }
-    }
-}
-
-/// The reader's next image is lost.
-fn lost(position: u64, next_sequence: u64) -> Status {
-    going_on(
-        next_sequence,
-        status(
-            Code::DataLoss,
-            &format!(
-                "sequence {position} is lost: its chunk is damaged or missing; the next sequence that is there is \
-             {next_sequence}, start from it to go on without what is lost"
-            ),
-        ),
-    )
-}
-
-/// For programs: the sequence from which a new stream can go on.
-fn going_on(next_sequence: u64, mut status: Status) -> Status {
-    status.metadata_mut().insert(NEXT_SEQUENCE, next_sequence.into());
-    status
-}
-
-/// The reader's next image is gone.
-fn overtaken(position: u64, first_sequence: u64) -> Status {
-    going_on(
-        first_sequence,
-        status(
-            Code::OutOfRange,
-            &format!(
-                "sequence {position} is not in the log any more; the first sequence that is still there is {first_sequence}"
-            ),
-        ),
-    )
-}
-
-/// The reader asks for an image that will not be the next.
-fn ahead(position: u64, next_sequence: u64) -> Status {
-    status(
-        Code::OutOfRange,
-        &format!(
-            "sequence {position} lies beyond the next image to be made, which is {next_sequence}; start at most there"
-        ),
-    )
 }
 
 /// Nothing here is ever near 2^32; a wrapped number would be worse than a capped one.

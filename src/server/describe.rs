@@ -4,10 +4,8 @@ use tonic::Status;
 
 use super::context::Context;
 use super::convert;
+use super::limits::MAX_BATCH_BYTES;
 use crate::proto::DescribeResponse;
-
-/// The largest message that a batch_size may ask for.
-pub(super) const MAX_BATCH_BYTES: u64 = 64 << 20;
 
 pub(super) fn describe(context: &Context) -> Result<DescribeResponse, Status> {
     context.accept()?;
@@ -27,12 +25,6 @@ fn max_message_bytes(context: &Context) -> u64 {
     let log = context.delivery.log();
     // Settings stand in the header as a JSON string inside JSON, where each quote is escaped.
     let header = 8192 + 2 * context.settings.json().len() as u64;
-    let chunk = context.settings.batch_size as u64 * image_bytes(context, 1) + header;
+    let chunk = context.settings.batch_size as u64 * context.image_bytes(1) + header;
     chunk.max(log.extent().largest_chunk_bytes + 1024).max(MAX_BATCH_BYTES)
-}
-
-/// The bytes of one image in a message, at so many bytes a pixel.
-pub(super) fn image_bytes(context: &Context, pixel_bytes: u64) -> u64 {
-    let (pixels, classes) = (context.teacher.geometry.pixels() as u64, context.teacher.spec.num_classes as u64);
-    pixel_bytes * pixels + 4 * classes + 4 * 8 + 4
 }

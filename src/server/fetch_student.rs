@@ -6,7 +6,7 @@ use futures_util::stream::{self, BoxStream, StreamExt};
 use tonic::{Code, Status};
 
 use super::context::Context;
-use super::convert;
+use super::{convert, status};
 use crate::proto::fetch_student_response::Part;
 use crate::proto::{FetchStudentRequest, FetchStudentResponse};
 use crate::telemetry;
@@ -26,19 +26,19 @@ pub(super) async fn open(context: &Arc<Context>, request: FetchStudentRequest) -
              retry with back-off",
             context.max_fetches
         );
-        convert::status(Code::ResourceExhausted, &message)
+        status::of(Code::ResourceExhausted, &message)
     })?;
     let current = context.students.current();
     let student = match (request.version, current) {
-        (_, None) => return Err(convert::status(Code::NotFound, "no student was pushed yet")),
+        (_, None) => return Err(status::of(Code::NotFound, "no student was pushed yet")),
         (0, Some(newest)) => newest,
         (version, Some(newest)) => {
             let stored = context.students.get(version).await;
-            let stored = stored.map_err(|error| convert::status(Code::Unavailable, &error.to_string()))?;
+            let stored = stored.map_err(|error| status::of(Code::Unavailable, &error.to_string()))?;
             stored.ok_or_else(|| {
                 let message =
                     format!("version {version} is not held; the newest is {}, version 0 fetches it", newest.version);
-                convert::status(Code::NotFound, &message)
+                status::of(Code::NotFound, &message)
             })?
         }
     };

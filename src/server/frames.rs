@@ -24,12 +24,10 @@ use tonic_prost::ProstCodec;
 
 use super::context::Context;
 use super::limits::MAX_REQUEST_BYTES;
-use super::service::{self, DreamfeedServer};
-use super::stream;
+use super::service::DreamfeedServer;
+use super::status;
+use super::stream::{self, Outgoing};
 use crate::proto::{StreamRequest, StreamResponse};
-
-/// A message: everything but the payload, and the payload.
-pub(super) type Outgoing = (StreamResponse, Bytes);
 
 const PATH: &str = "/dreamfeed.v1.DreamfeedService/Stream";
 /// The payload is field 1, of wire type "length-delimited".
@@ -66,7 +64,7 @@ impl Service<http::Request<Body>> for Framed {
                 Ok(request) => stream::open(&context, &request).await,
                 Err(status) => Err(status),
             };
-            service::record("Stream", started, &opened);
+            status::record("Stream", started, &opened);
             Ok(match opened {
                 Ok(messages) => respond(messages),
                 Err(status) => status.into_http(),

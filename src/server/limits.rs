@@ -6,6 +6,8 @@ use std::time::Duration;
 pub(super) const MAX_REQUEST_BYTES: usize = 16 << 20;
 /// The largest request of every other method.
 const SMALL_REQUEST_BYTES: u64 = 64 << 10;
+/// The largest message that a stream's batch_size may ask for.
+pub(super) const MAX_BATCH_BYTES: u64 = 64 << 20;
 /// What a client may send ahead: the server's windows bound the rate of pushes over long distances.
 pub(super) const STREAM_WINDOW: u32 = 4 << 20;
 /// The same over all streams of a connection.

@@ -17,6 +17,7 @@ mod requests;
 mod service;
 mod set_synthesizer;
 mod signals;
+mod status;
 mod stream;
 mod tasks;
 

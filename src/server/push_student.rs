@@ -10,6 +10,7 @@ use tonic::{Code, Status, Streaming};
 use super::context::Context;
 use super::convert;
 use super::limits::MAX_REQUEST_BYTES;
+use super::status;
 use crate::proto::push_student_request::Part;
 use crate::proto::{PushStudentRequest, PushStudentResponse};
 use crate::students::{Push, PushError};
@@ -63,12 +64,12 @@ pub(super) async fn push_student(
     let (reason, answer) = match result {
         Ok(response) if response.already_current => ("already_current", Ok(response)),
         Ok(response) => ("accepted", Ok(response)),
-        Err(Failure::Refused(error)) => (error.reason(), Err(convert::push_status(&error))),
-        Err(Failure::Late(message)) => ("idle", Err(convert::status(Code::DeadlineExceeded, &message))),
+        Err(Failure::Refused(error)) => (error.reason(), Err(status::of_push(&error))),
+        Err(Failure::Late(message)) => ("idle", Err(status::of(Code::DeadlineExceeded, &message))),
         Err(Failure::LargeMessage) => {
             let limit = MAX_REQUEST_BYTES >> 20;
             let message = format!("a message is larger than {limit} MiB; send the file in pieces of at most 4 MiB");
-            ("too_large", Err(convert::status(Code::ResourceExhausted, &message)))
+            ("too_large", Err(status::of(Code::ResourceExhausted, &message)))
         }
         Err(Failure::Broken(status)) => ("cancelled", Err(status)),
         Err(Failure::Closing) => ("unavailable", Err(context.closing_status())),

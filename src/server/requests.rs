@@ -17,7 +17,7 @@ use tonic::{Code, Status};
 
 use super::connections::Greeting;
 use super::limits::Limit;
-use super::{convert, service};
+use super::status;
 use crate::telemetry;
 
 /// Bytes are counted in these.
@@ -66,7 +66,7 @@ impl Requests {
                  limits.request_bytes); retry with back-off",
                 self.in_flight()
             );
-            convert::status(Code::ResourceExhausted, &message)
+            status::of(Code::ResourceExhausted, &message)
         })
     }
 }
@@ -105,9 +105,9 @@ where
         }
         let started = Instant::now();
         let limit = Limit::of(request.uri().path());
-        let refuse = move |status: Status| {
-            service::record(limit.method, started, &Err::<(), _>(status.clone()));
-            Ok(status.into_http())
+        let refuse = move |refusal: Status| {
+            status::record(limit.method, started, &Err::<(), _>(refusal.clone()));
+            Ok(refusal.into_http())
         };
         let held = match self.requests.reserve(limit) {
             Ok(held) => held,
@@ -129,7 +129,7 @@ where
                         "the call was not answered within {} (its setting limits.call_timeout)",
                         humantime::format_duration(patience)
                     );
-                    refuse(convert::status(Code::DeadlineExceeded, &message))
+                    refuse(status::of(Code::DeadlineExceeded, &message))
                 }
             }
         })
@@ -174,7 +174,7 @@ impl http_body::Body for Limited {
                     refused("size");
                     let (method, most) = (self.limit.method, self.limit.most.unwrap_or(0));
                     let message = format!("a request of {method} has more than {most} bytes; give a smaller one");
-                    return Poll::Ready(Some(Err(convert::status(Code::ResourceExhausted, &message))));
+                    return Poll::Ready(Some(Err(status::of(Code::ResourceExhausted, &message))));
                 }
             }
         }

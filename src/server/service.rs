@@ -7,13 +7,12 @@ use futures_util::stream::Empty;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::context::Context;
-use super::{describe, fetch_student, push_student, set_synthesizer};
+use super::{describe, fetch_student, push_student, set_synthesizer, status};
 use crate::proto::dreamfeed_service_server::{DreamfeedService, DreamfeedServiceServer};
 use crate::proto::{
     DescribeRequest, DescribeResponse, FetchStudentRequest, PushStudentRequest, PushStudentResponse,
     SetSynthesizerRequest, SetSynthesizerResponse, StreamRequest, StreamResponse,
 };
-use crate::telemetry;
 
 /// The generated server around the implementation.
 pub(super) type DreamfeedServer = DreamfeedServiceServer<Service>;
@@ -62,35 +61,6 @@ impl DreamfeedService for Service {
 }
 
 fn answer<T>(method: &'static str, started: Instant, result: Result<T, Status>) -> Result<Response<T>, Status> {
-    record(method, started, &result);
+    status::record(method, started, &result);
     result.map(Response::new)
-}
-
-/// Measures a call that was answered.
-pub(super) fn record<T>(method: &'static str, started: Instant, result: &Result<T, Status>) {
-    let code = match result {
-        Ok(_) => "OK",
-        Err(status) => code_name(status.code()),
-    };
-    metrics::histogram!(telemetry::RPC_SECONDS, "method" => method, "code" => code)
-        .record(started.elapsed().as_secs_f64());
-}
-
-/// The codes that the contract names; the rest is one label.
-fn code_name(code: tonic::Code) -> &'static str {
-    match code {
-        tonic::Code::Ok => "OK",
-        tonic::Code::Cancelled => "CANCELLED",
-        tonic::Code::InvalidArgument => "INVALID_ARGUMENT",
-        tonic::Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
-        tonic::Code::NotFound => "NOT_FOUND",
-        tonic::Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
-        tonic::Code::FailedPrecondition => "FAILED_PRECONDITION",
-        tonic::Code::OutOfRange => "OUT_OF_RANGE",
-        tonic::Code::DataLoss => "DATA_LOSS",
-        tonic::Code::Unimplemented => "UNIMPLEMENTED",
-        tonic::Code::Unavailable => "UNAVAILABLE",
-        tonic::Code::Internal => "INTERNAL",
-        _ => "OTHER",
-    }
 }

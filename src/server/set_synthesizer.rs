@@ -3,7 +3,7 @@
 use tonic::{Code, Status};
 
 use super::context::Context;
-use super::convert;
+use super::{convert, status};
 use crate::proto::{SetSynthesizerRequest, SetSynthesizerResponse};
 use crate::synthesis::settings::SynthesizerKind;
 
@@ -15,7 +15,7 @@ pub(super) fn set_synthesizer(
     let kind = SynthesizerKind::named(&request.name).ok_or_else(|| {
         let known = SynthesizerKind::ALL.map(SynthesizerKind::name).join(", ");
         let name: String = request.name.chars().take(64).collect();
-        convert::status(Code::InvalidArgument, &format!("name is {name:?}; give one of {known}"))
+        status::of(Code::InvalidArgument, &format!("name is {name:?}; give one of {known}"))
     })?;
     context.synthesizer.send_replace(kind);
     Ok(SetSynthesizerResponse { synthesizer: Some(convert::synthesizer(context)) })

@@ -6,17 +6,21 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use bytes::Bytes;
 use futures_util::stream::{self, BoxStream, StreamExt};
 use tokio::sync::OwnedSemaphorePermit;
 use tonic::{Code, Status};
 
 use super::context::Context;
 use super::convert;
-use super::frames::Outgoing;
+use super::status;
 use crate::client::NEXT_SEQUENCE;
 use crate::delivery::{End, Message, Subscription};
 use crate::proto::{StreamRequest, StreamResponse};
 use crate::telemetry;
+
+/// A message: everything but the payload, and the payload.
+pub(super) type Outgoing = (StreamResponse, Bytes);
 
 pub(super) async fn open(
     context: &Arc<Context>,
@@ -30,7 +34,7 @@ pub(super) async fn open(
             "{} streams are open, as many as this daemon takes (its setting max_streams); retry with back-off",
             context.max_streams
         );
-        convert::status(Code::ResourceExhausted, &message)
+        status::of(Code::ResourceExhausted, &message)
     })?;
     let subscriber = Subscriber::new(permit);
     // Staleness is checked again when a message is sent, so such a message is not made before it is asked for.
@@ -133,7 +137,7 @@ impl Reader {
                         End::Storage(_) => "storage",
                         End::NoRoom(_) => "room",
                     };
-                    Err(convert::end_status(&end))
+                    Err(status::of_end(&end))
                 }
             },
         }

@@ -3,6 +3,7 @@
 //! Nothing here knows of a device or of the wire. [`StudentStore::slot`] and [`Slot::begin`] open a [`Push`], which takes bytes as they
 //! come; [`Push::finish`] checks them and commits. Where versions live is the business of [`versions`] alone.
 
+mod candidate;
 mod error;
 mod object;
 mod push;

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use sha2::{Digest, Sha256};
 
 use super::Student;
-use super::versions::Candidate;
+use super::candidate::Candidate;
 use crate::model::checkpoint::{Checkpoint, HeaderLimits, TensorToWrite, encode, hex};
 use crate::model::spec::NetworkSpec;
 

@@ -7,8 +7,8 @@ use bytes::Bytes;
 use sha2::{Digest, Sha256};
 use tokio::sync::OwnedSemaphorePermit;
 
+use super::candidate::Candidate;
 use super::error::PushError;
-use super::versions::Candidate;
 use super::{Accepted, Requirements, StudentStore};
 use crate::model::checkpoint::{Checkpoint, hex};
 use crate::model::spec::NetworkSpec;

@@ -3,15 +3,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, PoisonError, Weak};
-use std::time::{Instant, SystemTime};
 
 use bytes::Bytes;
 use metrics::counter;
 use tokio::sync::{Mutex, watch};
 
+use super::candidate::Candidate;
 use super::{Accepted, PushError, Student, object};
-use crate::model::checkpoint::Checkpoint;
-use crate::model::spec::NetworkSpec;
 use crate::storage::{Created, Storage, StorageError, blocking};
 use crate::store::{Object, STUDENTS};
 use crate::telemetry;
@@ -26,23 +24,6 @@ fn version(name: &str) -> Option<u64> {
     match Object::named(name) {
         Some(Object::Student(version)) => Some(version),
         _ => None,
-    }
-}
-
-/// A checked student that has no version yet.
-pub(super) struct Candidate {
-    pub arch: String,
-    pub spec: NetworkSpec,
-    pub checkpoint: Checkpoint,
-    pub sha256: [u8; 32],
-    pub trainer_step: u64,
-    pub accepted_at: SystemTime,
-    pub received_at: Instant,
-}
-
-impl Candidate {
-    fn is(&self, student: &Student) -> bool {
-        self.sha256 == student.sha256 && self.arch == student.arch
     }
 }
 
