@@ -109,6 +109,13 @@ bench: build ## A synthesis step beside plain PyTorch, RPCs beside a busy engine
 	@$(say) "bench: the Python client beside a data set in memory"
 	@$(PYTHON) benches/python_client.py
 
+SOAK_MINUTES ?= 10
+
+.PHONY: soak
+soak: build ## SOAK_MINUTES (10) of everything at once that clients and operators do to a daemon: does it grow?
+	@$(say) "soak: $(SOAK_MINUTES) minutes"
+	@$(PYTHON) benches/soak.py --minutes $(SOAK_MINUTES)
+
 # What the figures in BENCHMARKS.md were measured on; any teacher and labelled file in CIFAR format do.
 MODELS ?= ../shared/models
 BENCH_TEACHER ?= $(MODELS)/cifar_resnet20_jpeg.safetensors

@@ -134,8 +134,8 @@ pub struct LogOptions {
     /// [default: no bound].
     #[arg(id = "log_max_age", long = "log-max-age", value_name = "DURATION")]
     pub max_age: Option<Span>,
-    /// Never let go of the first this many images of the log, rounded up to whole chunks: a seed set for replay. Give
-    /// every daemon of one store the same number, at every start: one that runs without it lets go of the set
+    /// Never evict the first this many images of the log, rounded up to whole chunks: a seed set for replay. Give
+    /// every daemon of one store the same number, at every start: one that runs without it evicts the set
     /// [default: 0].
     #[arg(id = "log_seed_images", long = "log-seed-images", value_name = "N")]
     pub seed_images: Option<u64>,

@@ -204,7 +204,15 @@ impl Storage {
         self.check().await?;
         let put = self.put(name, object.clone()).await;
         if let Ok(Created::Yes) = put {
-            return Ok(Created::Yes);
+            // The store may have gone between the look and the put.
+            return match self.check().await {
+                Err(error @ StorageError::Replaced { .. }) => {
+                    self.take_back(name).await;
+                    Err(error)
+                }
+                Err(error) => Err(error),
+                Ok(()) => Ok(Created::Yes),
+            };
         }
         // An attempt whose answer was lost is tried again below us, and then finds its own object.
         match self.get(name).await {
@@ -213,6 +221,16 @@ impl Storage {
             // Taken, and gone since.
             Ok(None) => put,
             Err(error) => Err(put.err().unwrap_or(error)),
+        }
+    }
+
+    /// Removes what was just put into a place that is not this store, and the folders that the put made for it.
+    async fn take_back(&self, name: &str) {
+        let path = self.path(name);
+        let _ = self.bounded("delete", name, self.store.delete(&path)).await;
+        if self.folder.is_some() {
+            let name = name.to_owned();
+            let _ = self.in_folder("delete", "empty folders", move |root| folder::prune(root, &name)).await;
         }
     }
 

@@ -5,7 +5,7 @@
 //! log/log.json                                      what the log is: its id, its teacher, its format
 //! log/chunks/FIRST_SEQUENCE.safetensors             a chunk, 20 digits
 //! log/quarantine/FIRST_SEQUENCE-COUNT.safetensors   a chunk that turned out to be damaged
-//! log/evicted/FIRST_SEQUENCE-COUNT                  on record: retention let go of these images
+//! log/evicted/FIRST_SEQUENCE-COUNT                  on record: retention evicted these images
 //! log/probe-UUID                                    for a moment, when a daemon starts: whether a name has one winner
 //! students/VERSION.safetensors                      a version of the student, 20 digits
 //! generators/NUMBER.safetensors                     a save of the fast tier's generator, 20 digits
@@ -21,7 +21,7 @@ pub(crate) const IDENTITY: &str = "log/log.json";
 pub(crate) const CHUNKS: &str = "log/chunks/";
 /// Where damaged chunks lie.
 pub(crate) const QUARANTINE: &str = "log/quarantine/";
-/// Where it is on record what retention let go of.
+/// Where it is on record what retention evicted.
 pub(crate) const EVICTED: &str = "log/evicted/";
 /// Where students lie.
 pub(crate) const STUDENTS: &str = "students/";
@@ -45,7 +45,7 @@ pub enum Object {
     Chunk(u64),
     /// A damaged chunk, and the images that were in it.
     Quarantined(Range<u64>),
-    /// A record that retention let go of these images.
+    /// A record that retention evicted these images.
     Evicted(Range<u64>),
     /// A version of the student.
     Student(u64),
@@ -67,8 +67,8 @@ impl Object {
         let (folder, file) = name.split_at(name.rfind('/')? + 1);
         let object = match folder {
             CHUNKS => Self::Chunk(number(file.strip_suffix(SUFFIX)?).filter(|first| *first < SEQUENCES)?),
-            QUARANTINE => Self::Quarantined(stretch(file.strip_suffix(SUFFIX)?)?),
-            EVICTED => Self::Evicted(stretch(file)?),
+            QUARANTINE => Self::Quarantined(segment(file.strip_suffix(SUFFIX)?)?),
+            EVICTED => Self::Evicted(segment(file)?),
             // A number after which none can come would be the last.
             STUDENTS => Self::Student(number(file.strip_suffix(SUFFIX)?).filter(|version| *version < SEQUENCES)?),
             GENERATORS => Self::Generator(number(file.strip_suffix(SUFFIX)?).filter(|number| *number < SEQUENCES)?),
@@ -99,7 +99,7 @@ fn number(digits: &str) -> Option<u64> {
 }
 
 /// A first sequence and a count.
-fn stretch(text: &str) -> Option<Range<u64>> {
+fn segment(text: &str) -> Option<Range<u64>> {
     let (first, count) = text.split_once('-')?;
     let first = number(first)?;
     let end = first.checked_add(count.parse().ok()?).filter(|end| *end <= SEQUENCES)?;

@@ -1,4 +1,4 @@
-//! What retention let go of, on record: a stretch is written down before its chunks are deleted. So a hole in the log that
+//! What retention evicted, on record: a segment is written down before its chunks are deleted. So a hole in the log that
 //! no record covers is a loss, and whoever looks at a log from outside can tell the two apart.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -9,12 +9,12 @@ use bytes::Bytes;
 use crate::storage::{Storage, StorageError};
 use crate::store::{EVICTED, Object};
 
-/// What this daemon let go of and has yet to delete, and the records that it knows.
+/// What this daemon evicted and has yet to delete, and the records that it knows.
 #[derive(Debug, Default)]
 pub(super) struct Evicting {
     /// Chunks that the storage still holds: first sequence to the one behind.
     pub pending: BTreeMap<u64, u64>,
-    /// Stretches on record, by first sequence and end. Other replicas write and merge records too, so some of these may be
+    /// Segments on record, by first sequence and end. Other replicas write and merge records too, so some of these may be
     /// gone, each within a larger one.
     records: BTreeSet<(u64, u64)>,
 }
@@ -59,7 +59,7 @@ fn name((first, end): (u64, u64)) -> String {
     Object::Evicted(first..end).name()
 }
 
-/// The stretches on record.
+/// The segments on record.
 pub(super) async fn records(storage: &Storage) -> Result<Vec<(u64, u64)>, StorageError> {
     let record = |name: &str| match Object::named(name) {
         Some(Object::Evicted(Range { start, end })) => Some((start, end)),
@@ -68,9 +68,9 @@ pub(super) async fn records(storage: &Storage) -> Result<Vec<(u64, u64)>, Storag
     Ok(storage.list(EVICTED, None).await?.iter().filter_map(|found| record(&found.name)).collect())
 }
 
-/// Stretches in their order, those that touch or overlap made one.
-pub(super) fn merged(stretches: impl Iterator<Item = (u64, u64)>) -> Vec<(u64, u64)> {
-    let mut sorted: Vec<(u64, u64)> = stretches.collect();
+/// Segments in their order, those that touch or overlap made one.
+pub(super) fn merged(segments: impl Iterator<Item = (u64, u64)>) -> Vec<(u64, u64)> {
+    let mut sorted: Vec<(u64, u64)> = segments.collect();
     sorted.sort_unstable();
     let mut merged: Vec<(u64, u64)> = Vec::new();
     for (first, end) in sorted {

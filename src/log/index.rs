@@ -78,7 +78,7 @@ pub(super) struct Index {
     chunks: BTreeMap<u64, Arc<Entry>>,
     /// The same chunks by when they were made, then by first sequence.
     by_age: BTreeSet<(SystemTime, u64)>,
-    /// Damaged stretches: first sequence to the one behind.
+    /// Damaged segments: first sequence to the one behind.
     lost: BTreeMap<u64, u64>,
     extent: Extent,
     /// Counts the changes, for what is derived from the index.
@@ -86,7 +86,7 @@ pub(super) struct Index {
 }
 
 impl Index {
-    /// The index of a store's chunks, of its damaged stretches, and of those that retention let go of.
+    /// The index of a store's chunks, of its damaged segments, and of those that retention evicted.
     pub fn new(entries: Vec<Entry>, lost: Vec<(u64, u64)>, evicted: &[(u64, u64)]) -> Self {
         let mut this = Self::default();
         for (first, end) in lost {
@@ -165,7 +165,7 @@ impl Index {
         self.lost.get(&first).map_or(0, |end| end.saturating_sub(first))
     }
 
-    /// A stretch of the log is damaged.
+    /// A segment of the log is damaged.
     pub fn mark_lost(&mut self, first: u64, end: u64) {
         let before = self.lost.get(&first).copied().unwrap_or(first);
         // A chunk can be found damaged twice, the second time without its length.
@@ -196,7 +196,7 @@ impl Index {
         Located::Lost { next_sequence: next_chunk }
     }
 
-    /// The chunks that retention lets go of, in order of sequence: whatever is too old, wherever it lies (the clocks of
+    /// The chunks that retention evicts, in order of sequence: whatever is too old, wherever it lies (the clocks of
     /// replicas differ), and then the first ones until the rest fits. The newest always stays: it is also what tells the
     /// next sequence after a restart.
     pub fn victims(&self, retention: &Retention, now: SystemTime) -> Vec<u64> {

@@ -18,9 +18,9 @@ pub struct Inspection {
     pub entries: Vec<Entry>,
     /// Objects that should be chunks and cannot be read.
     pub damaged: Vec<Damaged>,
-    /// Stretches whose chunks are in quarantine: first sequence, and the one behind.
+    /// Segments whose chunks are in quarantine: first sequence, and the one behind.
     pub quarantined: Vec<(u64, u64)>,
-    /// Stretches that retention let go of, as the log has it on record; chunks of a seed set may lie before them.
+    /// Segments that retention evicted, as the log has it on record; chunks of a seed set may lie before them.
     pub evicted: Vec<(u64, u64)>,
     /// Objects with the name of a chunk that cannot be one: their sequences would be the last that there can be.
     pub strange: Vec<String>,

@@ -217,7 +217,7 @@ impl Log {
     async fn take_theirs(&self, first_sequence: u64) -> Result<(), AppendError> {
         let name = open::chunk_name(first_sequence);
         let Some(bytes) = self.storage.size(&name).await? else {
-            // Retention let go of it since.
+            // Retention evicted it since.
             return Ok(self.relist().await?);
         };
         match self.take_found(&Found { name: name.clone(), bytes }, first_sequence).await? {

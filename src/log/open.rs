@@ -110,13 +110,13 @@ pub(super) fn first_sequence(name: &str) -> Option<u64> {
     }
 }
 
-/// The stretches of images that lie in quarantine.
+/// The segments of images that lie in quarantine.
 pub(super) async fn quarantined(storage: &Storage) -> Result<Vec<(u64, u64)>, StorageError> {
-    let stretch = |name: &str| match Object::named(name) {
+    let segment = |name: &str| match Object::named(name) {
         Some(Object::Quarantined(range)) => Some((range.start, range.end)),
         _ => None,
     };
-    Ok(storage.list(QUARANTINE, None).await?.iter().filter_map(|found| stretch(&found.name)).collect())
+    Ok(storage.list(QUARANTINE, None).await?.iter().filter_map(|found| segment(&found.name)).collect())
 }
 
 /// No more images than this were in a chunk that cannot be read: its size now says nothing of what it was. Where its
@@ -220,9 +220,9 @@ pub(super) struct Contents {
     /// In order of their first sequences.
     pub entries: Vec<Entry>,
     pub damaged: Vec<DamagedHead>,
-    /// Stretches in quarantine.
+    /// Segments in quarantine.
     pub lost: Vec<(u64, u64)>,
-    /// Stretches that retention let go of.
+    /// Segments that retention evicted.
     pub evicted: Vec<(u64, u64)>,
     pub strange: Vec<String>,
 }

@@ -1,5 +1,5 @@
 //! What a daemon does for a log that it shares and that must not grow for ever: it takes what other replicas append,
-//! notices what they let go of, and lets go of what retention does not keep.
+//! notices what they evict, and evicts what retention does not keep.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ const FOLLOW: Duration = Duration::from_secs(2);
 pub(super) const UPKEEP: Duration = Duration::from_secs(30);
 /// Of so many rounds of upkeep one lists the whole log, which takes as long as the log is large.
 const THOROUGH: u64 = 10;
-/// Who has not looked for so long lists the log: another replica may have used the next sequence and let go of it again,
+/// Who has not looked for so long lists the log: another replica may have used the next sequence and evicted it again,
 /// before an older chunk if their clocks differ.
 const LONG_AGO: Duration = Duration::from_secs(10);
 
@@ -76,7 +76,7 @@ impl Log {
         Ok(())
     }
 
-    /// Lets go of what retention does not keep. Readers of an evicted chunk finish with the bytes they hold. What the
+    /// Evicts what retention does not keep. Readers of an evicted chunk finish with the bytes they hold. What the
     /// storage does not delete now is tried again with the next call.
     pub async fn retain(&self) -> Result<(), StorageError> {
         let mut evicting = self.evicting.lock().await;
@@ -94,8 +94,8 @@ impl Log {
         for victim in &victims {
             self.cache.remove(victim.summary.first_sequence).await;
         }
-        let stretch = |victim: &Arc<Entry>| (victim.summary.first_sequence, victim.summary.end());
-        evicting.pending.extend(victims.iter().map(stretch));
+        let segment = |victim: &Arc<Entry>| (victim.summary.first_sequence, victim.summary.end());
+        evicting.pending.extend(victims.iter().map(segment));
         // On record before anything is gone.
         evicting.record(&self.storage).await?;
         let mut failed = None;
@@ -116,7 +116,7 @@ impl Log {
         failed.map_or(Ok(()), Err)
     }
 
-    /// Follows other replicas, what they append and what they let go of, and looks after retention, until dropped.
+    /// Follows other replicas, what they append and what they evict, and looks after retention, until dropped.
     pub async fn upkeep(self: Arc<Self>) {
         let every = |period| {
             let mut interval = tokio::time::interval(period);
@@ -156,7 +156,7 @@ impl Log {
         self.retain().await
     }
 
-    /// Whether another replica let go of the log's beginning.
+    /// Whether another replica evicted the log's beginning.
     async fn oldest_is_gone(&self) -> Result<bool, StorageError> {
         let oldest = self.index().oldest(&self.options.retention);
         match oldest.map(open::chunk_name) {
@@ -207,7 +207,7 @@ impl Log {
                     index.evict(first_sequence);
                 } else {
                     let images = index.lose(first_sequence);
-                    tracing::error!(first_sequence, images, "a chunk is gone that retention did not let go of");
+                    tracing::error!(first_sequence, images, "a chunk is gone that retention did not evict");
                 }
             }
         }

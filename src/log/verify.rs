@@ -1,7 +1,7 @@
 //! Whether a log is sound: every checksum, and whether sequences follow each other without holes or overlaps.
 //!
 //! What can be told from outside, and what cannot: before retention deletes, it puts on record what goes. So a hole that
-//! a record covers was let go of, wherever it lies (before the tail, or between a protected seed set and the tail), and
+//! a record covers was evicted, wherever it lies (before the tail, or between a protected seed set and the tail), and
 //! any other hole is a loss, be it made by a hand, a rule of the bucket, or the storage. What lies behind the newest
 //! chunk that is left cannot be missed: nothing says how far the log once went. A chunk's checksum covers its tensors;
 //! its metadata is held against its name, its tensors' shapes and the log's identity.
@@ -24,7 +24,7 @@ pub enum Kind {
     Header,
     /// An intact chunk of another log.
     Foreign,
-    /// Images that no chunk holds, and that retention did not let go of.
+    /// Images that no chunk holds, and that retention did not evict.
     Gap,
     /// Images that two chunks hold.
     Overlap,
@@ -36,7 +36,7 @@ pub enum Kind {
     Student,
     /// A stored generator that is damaged.
     Generator,
-    /// Images that retention let go of: a note, nothing is wrong.
+    /// Images that retention evicted: a note, nothing is wrong.
     Evicted,
     /// What a put left that was broken off, or is under way: a note, too.
     Remains,
@@ -162,9 +162,9 @@ pub(super) async fn strays(storage: &Storage) -> Result<Vec<String>, StorageErro
     Ok(strange.filter_map(|finding| finding.object).collect())
 }
 
-/// What a hole in the log consists of: stretches that are on record as evicted, and stretches that are not.
+/// What a hole in the log consists of: segments that are on record as evicted, and segments that are not.
 fn hole((mut from, to): (u64, u64), evicted: &[(u64, u64)]) -> Vec<Finding> {
-    let gap = |range| Finding::images(Kind::Gap, range, "no chunk holds them, and retention did not let go of them");
+    let gap = |range| Finding::images(Kind::Gap, range, "no chunk holds them, and retention did not evict them");
     let mut findings = Vec::new();
     for (first, end) in evicted {
         let (first, end) = (from.max(*first), to.min(*end));
@@ -174,7 +174,7 @@ fn hole((mut from, to): (u64, u64), evicted: &[(u64, u64)]) -> Vec<Finding> {
         if from < first {
             findings.push(gap((from, first)));
         }
-        findings.push(Finding::images(Kind::Evicted, (first, end), "retention let go of them"));
+        findings.push(Finding::images(Kind::Evicted, (first, end), "retention evicted them"));
         from = end;
     }
     if from < to {
@@ -196,7 +196,7 @@ pub async fn verify(storage: &Storage, log: &Inspection) -> Result<Vec<Finding>,
             Err(InspectError::Storage(error)) => return Err(error),
             Err(InspectError::Damaged { name, problem }) => Finding::object(Kind::Checksum, name, problem),
             Err(InspectError::Foreign { name, problem }) => Finding::object(Kind::Foreign, name, problem),
-            // It was listed: a daemon at work let go of it since.
+            // It was listed: a daemon at work evicted it since.
             Err(InspectError::Missing(_) | InspectError::NotHeld(_)) => {
                 let name = inspect::object_name(entry.summary.first_sequence);
                 Finding::object(Kind::Evicted, name, "it went away while the log was being read")

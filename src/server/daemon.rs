@@ -37,7 +37,7 @@ use crate::telemetry;
 
 /// How long open connections get to close by themselves before health watches are ended, too.
 const GOODBYE: Duration = Duration::from_millis(300);
-/// How often histograms let go of what they need not keep.
+/// How often histograms drop what they need not keep.
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
 
 /// Names of the tasks that a drain waits for.

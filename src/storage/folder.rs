@@ -128,6 +128,18 @@ pub(super) fn everything(root: &Path, folders: &[&str]) -> io::Result<Vec<Lying>
     Ok(lying)
 }
 
+/// Removes the folders of an object that is gone, as far as they are empty.
+pub(super) fn prune(root: &Path, name: &str) -> io::Result<()> {
+    let within = root.join(name);
+    for folder in within.ancestors().skip(1).take_while(|folder| folder.starts_with(root)) {
+        // One that is not empty stays, and so do those around it.
+        if std::fs::remove_dir(folder).is_err() {
+            break;
+        }
+    }
+    Ok(())
+}
+
 /// Removes staged files that were left by processes that died; errors are those of whole folders.
 pub(super) fn sweep(root: &Path, folders: &[&str], now: SystemTime) -> io::Result<()> {
     for folder in folders {
@@ -160,6 +172,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let root = folder.path();
         std::fs::create_dir_all(root.join("a/folder/below")).unwrap();
+        std::fs::create_dir_all(root.join("b/c")).unwrap();
+        prune(root, "b/c/gone").unwrap();
+        assert!(!root.join("b").exists() && root.join("a").exists());
         for name in ["a/2", "a/1", "a/3#7", "a/folder/4"] {
             std::fs::write(root.join(name), name).unwrap();
         }

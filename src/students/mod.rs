@@ -97,7 +97,7 @@ pub async fn audit(storage: &Storage) -> Result<Audit, StorageError> {
     let mut audit = Audit::default();
     for found in storage.list(STUDENTS, None).await? {
         let Some(Object::Student(version)) = Object::named(&found.name) else { continue };
-        // One that is gone since the listing was let go of for newer ones.
+        // One that is gone since the listing was deleted for newer ones.
         let Some(bytes) = storage.get(&found.name).await? else { continue };
         match blocking(move || object::read(version, bytes)).await.and_then(|read| read) {
             Ok(_) => audit.sound.push(version),

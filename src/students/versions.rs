@@ -55,7 +55,7 @@ impl Versions {
         {
             let mut known = this.known.lock().await;
             this.refresh(&mut known).await?;
-            // What a crash kept from being let go.
+            // What a crash kept from being deleted.
             if let Some(newest) = known.last().copied() {
                 this.retain(&mut known, newest).await;
             }
@@ -173,7 +173,7 @@ impl Versions {
             }
             known.insert(version);
             // Free, or free again? While this push was under way, others may have taken the number and so many more that
-            // retention let go of it. Nobody lets go of one of the newest, so such a number is told by its age.
+            // retention deleted it. Nobody deletes one of the newest, so such a number is told by its age.
             self.refresh(&mut known).await?;
             let newest = known.last().copied().unwrap_or(version);
             if version + self.kept as u64 <= newest {
@@ -199,7 +199,7 @@ impl Versions {
         }
     }
 
-    /// Lets go of all but the newest versions. What fails here is tried again with the next push.
+    /// Deletes all but the newest versions. What fails here is tried again with the next push.
     async fn retain(&self, known: &mut BTreeSet<u64>, newest: u64) {
         let most = self.kept as u64;
         let old: Vec<u64> = known.iter().copied().take_while(|version| *version + most <= newest).collect();

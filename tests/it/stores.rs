@@ -75,7 +75,8 @@ async fn a_daemon_whose_store_is_deleted_waits_and_goes_on_when_it_is_back() {
         let mut stream = client.stream(Start::Earliest).await.unwrap();
         let error = within(futures_util::StreamExt::next(&mut stream)).await.unwrap().unwrap_err();
         assert_eq!(error.code(), Some(Code::Unavailable), "{error}");
-        assert!(!store.exists(), "{:?}", lying(&store));
+        // What was on its way when the store went is taken back.
+        wait_for("nothing where the store was", || !store.exists());
         assert_eq!(daemon.metric("dreamfeed_log_lost_images"), Some(0.0));
         let (before, next) = (lying(&away), daemon.metric("dreamfeed_log_next_sequence").unwrap() as u64);
         std::fs::rename(&away, &store).unwrap();
@@ -206,7 +207,7 @@ async fn an_append_lists_nothing() {
     let server = S3::shared();
     let proxy = Proxy::before(&server.address);
     let location = format!("s3://{}/store", server.bucket());
-    // Retention lets go of a chunk for each that comes.
+    // Retention evicts a chunk for each that comes.
     let arguments = ["--batch-size", "8", "--log-max-images", "40", "--store", &location];
     let daemon = Daemon::launch_with(tempfile::tempdir().unwrap(), &arguments, |command| {
         command.envs(S3::environment(&proxy.address));
@@ -232,4 +233,25 @@ async fn two_writers_of_one_object_are_told_apart_by_what_lies_there() {
     assert_eq!(storage.create("a/1", ours).await.unwrap(), Created::Yes);
     assert_eq!(storage.create("a/1", theirs).await.unwrap(), Created::Taken);
     assert_eq!(storage.get("a/1").await.unwrap().unwrap(), "ours");
+}
+
+/// A store of the default tier holds generators, and is as sound as any.
+#[test]
+fn a_generator_is_part_of_a_store_and_a_damaged_one_is_named() {
+    let quick = ["--preset", "digits", "--fast-steps", "1", "--fast-width", "4", "--fast-warmup", "1"];
+    let arguments = [&IMAGES[..], &["--synthesizer", "fast"], &quick].concat();
+    let mut daemon = Daemon::start(&arguments);
+    daemon.wait_metric("dreamfeed_log_next_sequence", 64.0);
+    let store = daemon.folder.path().join("store");
+    daemon.signal("TERM");
+    assert!(daemon.wait_exit().success());
+    let generator = store.join(Object::Generator(1).name());
+    let mut bytes = std::fs::read(&generator).unwrap();
+    let (output, text) = verify(&store);
+    assert!(output.status.success() && text.contains("nothing is wrong"), "{text}");
+    bytes.truncate(bytes.len() / 2);
+    std::fs::write(&generator, bytes).unwrap();
+    let (output, text) = verify(&store);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text.contains("generator    generators/00000000000000000001.safetensors: "), "{text}");
 }

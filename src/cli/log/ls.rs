@@ -25,14 +25,14 @@ pub(super) async fn run(args: Args) -> anyhow::Result<()> {
     let total: u64 = log.entries.iter().map(|entry| u64::from(entry.summary.count)).sum();
     let bytes: u64 = log.entries.iter().map(|entry| entry.bytes).sum();
     if args.json {
-        let stretches = |stretches: &[(u64, u64)]| -> Vec<_> {
-            stretches.iter().map(|(first, end)| json!({ "first_sequence": first, "end": end })).collect()
+        let segments = |segments: &[(u64, u64)]| -> Vec<_> {
+            segments.iter().map(|(first, end)| json!({ "first_sequence": first, "end": end })).collect()
         };
         let report = json!({
             "location": storage.location(), "log": log.identity,
             "chunks": log.entries.iter().map(entry_json).collect::<Vec<_>>(), "images": total, "bytes": bytes,
             "damaged": log.damaged.iter().map(|damaged| &damaged.name).collect::<Vec<_>>(),
-            "quarantined": stretches(&log.quarantined), "evicted": stretches(&log.evicted), "strange": log.strange,
+            "quarantined": segments(&log.quarantined), "evicted": segments(&log.evicted), "strange": log.strange,
         });
         return Ok(print(&format!("{report}\n"))?);
     }

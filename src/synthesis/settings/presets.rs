@@ -34,3 +34,28 @@ fn built(name: &str) -> Option<Table> {
     overlay(&mut table, own);
     Some(table)
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::synthesis::settings::{Settings, SynthesisOptions};
+
+    #[test]
+    fn every_preset_is_complete_and_says_only_what_differs_from_what_it_is_built_on() {
+        for (name, text) in FILES {
+            let settings = Settings::preset(name).unwrap();
+            assert_eq!(settings.preset, name);
+            assert_eq!(settings.problems(10), Vec::<String>::new());
+            let chosen = SynthesisOptions { preset: Some(name.to_owned()), ..SynthesisOptions::default() };
+            assert_eq!(chosen.resolve(10).unwrap(), settings);
+            let own: Table = text.parse().unwrap();
+            let Some(base) = own.get(BASE).and_then(Value::as_str) else { continue };
+            let base = table(base).unwrap();
+            for (key, value) in own.iter().filter(|(key, value)| *key != BASE && !value.is_table()) {
+                assert_ne!(base.get(key), Some(value), "{name} repeats {key}");
+            }
+        }
+        assert!(Settings::preset("cifar100").is_none());
+    }
+}
