@@ -1,10 +1,11 @@
-//! Networks: how they are described ([`spec`]), how they lie in files ([`checkpoint`], [`source`]), and how they run on
-//! libtorch ([`network`]). This module knows nothing of synthesis.
+//! Networks: how they are described ([`spec`], [`graph`]), how they lie in files ([`checkpoint`], [`source`]), and how they
+//! run on libtorch ([`network`]). This module knows nothing of synthesis.
 
 pub mod augment;
 pub mod channels;
 pub mod checkpoint;
 pub mod generator;
+pub mod graph;
 pub mod labelled;
 pub mod network;
 pub mod pixels;
