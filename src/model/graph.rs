@@ -4,6 +4,7 @@
 //! Everything here is host only and safe to call on text from outside: sizes are bounded, arithmetic is checked, and every
 //! mistake is told at once.
 
+pub mod couple;
 mod form;
 mod json;
 mod mistakes;

@@ -4,6 +4,7 @@
 pub mod augment;
 pub mod channels;
 pub mod checkpoint;
+pub mod families;
 pub mod generator;
 pub mod graph;
 pub mod labelled;
