@@ -21,8 +21,8 @@ use serde_json::{Value, json};
 pub use mistakes::GraphError;
 pub use operation::{
     Activation, ActivationKind, AdaptiveAvgPool2d, Add, Affine, Attention, AvgPool2d, BatchNorm, Cat, Constant,
-    Conv2d, Dropout, Expand, GroupNorm, LayerNorm, Linear, MaxPool2d, Op, Pad, PadMode, Permute, Reduce, ReduceKind,
-    Reshape, Roll, Slice, Softmax, Upsample, UpsampleKind,
+    Conv2d, Div, Dropout, Expand, GroupNorm, LayerNorm, Linear, Matmul, MaxPool2d, Mul, Op, Pad, PadMode, Permute,
+    Reduce, ReduceKind, Reshape, Roll, Slice, Softmax, Upsample, UpsampleKind,
 };
 
 use super::source::Geometry;

@@ -12,6 +12,7 @@ pub mod labelled;
 pub mod network;
 pub mod operate;
 pub mod pixels;
+pub mod plan;
 pub mod source;
 pub mod spec;
 pub mod train;
