@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use crate::device::DeviceOption;
 use crate::device::{Precision, set_threads};
+use crate::model::golden::Proof;
 use crate::model::source::NetworkSource;
 use crate::students::Student;
 use crate::synthesis::batch::DreamBatch;
@@ -174,6 +175,11 @@ fn run(
     set_threads(options.threads.and_then(NonZeroUsize::new));
     let teacher = Teacher::load(&source, device, options.precision.kind());
     tracing::info!(?device, arch = source.spec.arch(), sha256 = %source.identity, "the teacher is on the device");
+    if source.proof == Some(Proof::Unproven) {
+        tracing::warn!(
+            "the teacher's file brings a graph without a golden sample: nothing shows that it computes what it was"
+        );
+    }
 
     let Connections { students, wanted, recall, synthesizer: chosen, generator, saved, output, stop } = connections;
     let mut synthesizer = Synthesizer::new(options.settings, teacher.num_classes(), options.seed);

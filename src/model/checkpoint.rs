@@ -14,6 +14,8 @@ use safetensors::{Dtype, SafeTensors};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
+use super::graph::RESERVED;
+
 /// What a header may cost before anything is made of it.
 #[derive(Clone, Copy, Debug)]
 pub struct HeaderLimits {
@@ -223,10 +225,10 @@ impl Checkpoint {
     }
 
     /// SHA-256 over every tensor's name, dtype, shape and data in order of name: the same weights have the same
-    /// identity whatever the file's layout and metadata.
+    /// identity whatever the file's layout and metadata. Tensors about a network, such as its golden sample, are no part of it.
     pub fn identity(&self) -> String {
         let mut hash = Sha256::new();
-        for (name, tensor) in self.tensors() {
+        for (name, tensor) in self.tensors().filter(|(name, _)| !name.starts_with(RESERVED)) {
             hash.update(format!("{name}\0{:?}\0{:?}\0", tensor.dtype, tensor.shape));
             hash.update(tensor.data);
         }

@@ -7,6 +7,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use super::checkpoint::{Checkpoint, CheckpointError};
+use super::golden::{self, Proof};
 use super::spec::{NetworkSpec, SpecError};
 
 /// The size of one image, `[channels, height, width]`.
@@ -129,11 +130,14 @@ pub struct NetworkSource {
     pub class_names: Vec<String>,
     /// [`Checkpoint::identity`].
     pub identity: String,
+    /// Of a file that brings a graph: what its golden sample says.
+    pub proof: Option<Proof>,
 }
 
 impl NetworkSource {
     /// Reads a checkpoint. Metadata keys: `arch`; `mean` and `std` (comma-separated, one number a channel);
-    /// `image_size` (`height,width`); `class_names` (a JSON array of strings). Options win over metadata.
+    /// `image_size` (`height,width`); `class_names` (a JSON array of strings). Options win over metadata. Where the file brings a
+    /// `graph`, it is checked, and what it computes has to be what the architecture computes.
     pub fn open(path: &Path, options: &SourceOptions) -> Result<Self, SourceError> {
         let unusable = |cause| SourceError::Checkpoint { path: path.to_owned(), cause };
         let checkpoint = Checkpoint::open(path).map_err(unusable)?;
@@ -198,8 +202,10 @@ impl NetworkSource {
         if !problems.is_empty() {
             return Err(invalid(problems.join("; ")));
         }
+        let geometry = Geometry { channels: spec.in_channels, height, width };
         Ok(Self {
-            geometry: Geometry { channels: spec.in_channels, height, width },
+            proof: golden::check_file(&checkpoint, &spec, geometry).map_err(|error| invalid(error.to_string()))?,
+            geometry,
             normalization: Normalization { mean, std },
             identity: checkpoint.identity(),
             checkpoint,

@@ -141,3 +141,43 @@ fn a_stretch_between_two_values_is_a_part_of_the_whole() {
     let error = network.evaluate((3, &whole[0]), &[last], Mode::Evaluation).unwrap_err().to_string();
     assert!(error.contains("does not follow from value 3 alone"), "{error}");
 }
+
+#[test]
+fn a_file_with_a_graph_and_a_name_is_held_to_both() {
+    use crate::model::source::{NetworkSource, SourceError, SourceOptions};
+
+    let options = |size: &str| SourceOptions {
+        arch: Some("resnet8".to_owned()),
+        image_size: Some(size.parse().unwrap()),
+        ..SourceOptions::default()
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let open_changed = |size: &str, change: &dyn Fn(&str) -> String, keep: &dyn Fn(&str) -> bool| {
+        let file = open("graph_resnet");
+        let tensors: Vec<(String, Tensor)> = file
+            .tensors()
+            .filter(|(name, _)| keep(name))
+            .map(|(name, raw)| (name.to_owned(), to_device(&raw, Kind::Float, Device::Cpu).unwrap()))
+            .collect();
+        let mut metadata: std::collections::BTreeMap<String, String> = file.metadata().clone().into_iter().collect();
+        metadata.insert("graph".to_owned(), change(&metadata["graph"]));
+        let path = folder.path().join("network.safetensors");
+        std::fs::write(&path, write(tensors.iter().map(|(name, tensor)| (name.clone(), tensor)), &metadata)).unwrap();
+        NetworkSource::open(&path, &options(size))
+    };
+    let whole = open_changed("16,16", &str::to_owned, &|_| true).unwrap();
+    assert_eq!(whole.proof, Some(Proof::Proven));
+    // The golden sample is no part of what the network is.
+    let bare = open_changed("16,16", &str::to_owned, &|name| !name.starts_with("dreamfeed.")).unwrap();
+    assert_eq!((bare.proof, &bare.identity), (Some(Proof::Unproven), &whole.identity));
+    let relu = |text: &str| text.replacen("\"kind\":\"relu\"", "\"kind\":\"silu\"", 1);
+    let told = |opened: Result<NetworkSource, SourceError>| opened.unwrap_err().to_string();
+    let error = told(open_changed("16,16", &relu, &|_| true));
+    assert!(error.contains("does not compute what it computed where it was exported"), "{error}");
+    let error = told(open_changed("16,16", &relu, &|name| !name.starts_with("dreamfeed.")));
+    assert!(error.contains("its graph computes something else than resnet8"), "{error}");
+    let error = told(open_changed("32,32", &str::to_owned, &|_| true));
+    assert!(error.contains("its graph takes images of 3x16x16, and the file is said to take 3x32x32"), "{error}");
+    let error = told(open_changed("16,16", &|_| "{}".to_owned(), &|_| true));
+    assert!(error.contains("the graph is wrong: it has no format"), "{error}");
+}
