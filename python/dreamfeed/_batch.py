@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dreamfeed._position import Origin
 from dreamfeed._proto import dreamfeed_pb2 as pb
 from dreamfeed.errors import ProtocolError
 
@@ -70,6 +71,8 @@ class BatchInfo:
     log_id: str
     #: The teacher's identity.
     teacher_sha256: str
+    #: Which batch of which reader it is, for :meth:`DreamStream.record`.
+    origin: Origin | None = None
 
     @property
     def count(self) -> int:

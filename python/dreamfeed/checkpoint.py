@@ -35,8 +35,8 @@ class TrainingCheckpoint:
                 checkpoint.save(step)
 
     With the :class:`DreamStream` among the parts the next batch begins with the very next image; load before iterating.
-    In a DataLoader with workers the stream has to be told what was trained on: ``stream.record(batch)``. Every rank of
-    a distributed training needs a file of its own, because every rank has its own position.
+    Where a loader fetches ahead, tell the stream what was trained on: ``stream.record(batch)``. Every rank of a
+    distributed training needs a file of its own, because every rank has its own position.
 
     Args:
         path: the file; a crash while it is written leaves the one before.

@@ -1,54 +1,28 @@
 """The stream of dreams as a PyTorch dataset."""
 
-import atexit
-import inspect
 import logging
-import os
-import threading
-import time
+import uuid
+import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
-import grpc
-import torch.distributed as dist
 from torch.utils.data import IterableDataset, get_worker_info
 
-from dreamfeed._backoff import Backoff
-from dreamfeed._batch import Batch, BatchInfo, Normalization, decode
+from dreamfeed._batch import Batch, BatchInfo
 from dreamfeed._channel import Endpoint, Tls
-from dreamfeed._proto import dreamfeed_pb2 as pb
-from dreamfeed._proto import dreamfeed_pb2_grpc as pb_grpc
-from dreamfeed.errors import DreamfeedError, GapError, InvalidRequestError, UnavailableError, translate
+from dreamfeed._loader import Board, Worker, streams
+from dreamfeed._position import Origin, Place, Positions, Start, merged
+from dreamfeed._ranks import check_shard, rank_and_ranks, refuse_unfit_loaders
+from dreamfeed._reader import PIXELS, SAMPLING, Reader, Request, Source
 
 _log = logging.getLogger("dreamfeed")
 
-#: Where a stream starts: the next image to be made, the oldest, a sequence, or a cursor.
-Start = Literal["latest", "earliest"] | int | bytes
-
-_PIXELS = {
-    "u8": pb.PIXEL_FORMAT_U8,
-    # Normalized here: the same floats in a quarter of the bytes.
-    "f32": pb.PIXEL_FORMAT_U8,
-    "f16": pb.PIXEL_FORMAT_F16_NORMALIZED,
-}
-_SAMPLING = {
-    "uniform": pb.REPLAY_SAMPLING_UNIFORM,
-    "recency": pb.REPLAY_SAMPLING_RECENCY,
-    "competition": pb.REPLAY_SAMPLING_COMPETITION,
-}
-_STREAM_PATH = f"/{pb.DESCRIPTOR.services_by_name['DreamfeedService'].full_name}/Stream"
-_RETRIED = {
-    grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.RESOURCE_EXHAUSTED,
-    grpc.StatusCode.DEADLINE_EXCEEDED,
-}
-_DESCRIBE_SECONDS = 30.0
-# How often a worker that waits for images looks whether it is still wanted.
-_LOOK_SECONDS = 0.25
-_FORMAT = 1
+_BLIND = (
+    "what the DataLoader's collate_fn returns has no info, so that nobody knows which batches were taken from its "
+    "workers: let it return the Batch, or its info beside the rest, or give num_workers=0"
+)
 
 
 class DreamStream(IterableDataset[Batch]):
@@ -65,11 +39,11 @@ class DreamStream(IterableDataset[Batch]):
     ``rank * workers + worker`` of ``ranks * workers``. Rank and ranks come from `shard`, else from
     ``torch.distributed``, else from ``RANK`` and ``WORLD_SIZE``. Replayed images come from the whole log for everybody.
 
-    **Checkpoints.** :meth:`state_dict` is the position after the last batch that was *yielded*; what was prefetched
-    beyond is received again. torchdata's ``StatefulDataLoader`` does all by itself, with any number of workers. In a
-    plain DataLoader with workers the stream lives in the workers: call :meth:`record` with each batch that you have
-    trained on. Every rank keeps its own state. Iterating again goes on where the last iteration of this object
-    stopped; one iteration at a time.
+    **Positions.** Iterating again goes on where the trainer stopped: after the last batch that its DataLoader handed
+    out, with any number of workers, and what was prefetched beyond is received again. One iteration at a time.
+    :meth:`state_dict` is that position. Where a loader fetches ahead of the training (Lightning, Accelerate), call
+    :meth:`record` with each batch that was trained on, in order; from the first call on that is the position. Every
+    rank keeps its own state. torchdata's ``StatefulDataLoader`` keeps the position in its own.
 
     Args:
         address: ``"HOST:PORT"``, with ``http://`` or ``https://`` in front or not (https turns TLS on).
@@ -127,10 +101,10 @@ class DreamStream(IterableDataset[Batch]):
             raise ValueError(f"batch_size is {batch_size}; give at least 1, or None for the daemon's")
         if not 0.0 <= replay <= 1.0:
             raise ValueError(f"replay is {replay}; give a share from 0 to 1")
-        if sampling not in _SAMPLING:
-            raise ValueError(f"sampling is {sampling!r}; give one of {', '.join(_SAMPLING)}")
-        if pixels not in _PIXELS:
-            raise ValueError(f"pixels is {pixels!r}; give one of {', '.join(_PIXELS)}")
+        if sampling not in SAMPLING:
+            raise ValueError(f"sampling is {sampling!r}; give one of {', '.join(SAMPLING)}")
+        if pixels not in PIXELS:
+            raise ValueError(f"pixels is {pixels!r}; give one of {', '.join(PIXELS)}")
         if prefetch < 1:
             raise ValueError(f"prefetch is {prefetch}; give at least 1")
         if on_gap not in ("raise", "skip"):
@@ -146,133 +120,257 @@ class DreamStream(IterableDataset[Batch]):
         if max_age is not None and max_age < 0:
             raise ValueError(f"max_age is {max_age} s; give 0 or more")
         if shard is not None:
-            _check_shard(*shard)
+            check_shard(*shard)
         _check_start(start)
-        self._endpoint = Endpoint.of(address, token, tls)
-        self._request = _Request(
-            batch_size=batch_size or 0,
-            replay=float(replay),
-            sampling=sampling,
-            max_age=max_age,
-            max_student_versions=max_student_versions,
-            classes=tuple(classes or ()),
-            pixels=pixels,
+        self._source = Source(
+            endpoint=Endpoint.of(address, token, tls),
+            request=Request(
+                batch_size=batch_size or 0,
+                replay=float(replay),
+                sampling=sampling,
+                max_age=max_age,
+                max_student_versions=max_student_versions,
+                classes=tuple(classes or ()),
+                pixels=pixels,
+            ),
+            prefetch=prefetch,
+            on_gap=on_gap,
+            give_up_after=give_up_after,
         )
         self._start: Start = start
         self._shard = shard
-        self._prefetch, self._on_gap, self._give_up_after = prefetch, on_gap, give_up_after
         # Rank and ranks of the process that pickled this, for a spawned worker, which knows of no process group.
         self._parent_rank: tuple[int, int] | None = None
-        # After the last yielded batch of each reader: cursors, or the sequence at which "latest" was found.
-        self._positions: dict[int, int | bytes] = {}
-        # How many readers `_positions` speaks of.
-        self._readers: int | None = None
+        self._positions = Positions()
+        # How often they were moved by hand; None where a worker loaded its own state.
+        self._moves: int | None = 0
+        # What a worker yielded and the trainer had not taken when it last looked: numbers, and the places after them.
+        self._untaken: deque[tuple[int, Place]] = deque()
+        self._board = Board()
+        self._iteration: weakref.ref[_Iteration] | None = None
+        self._name = uuid.uuid4().hex
+        streams[self._name] = self
 
     def __repr__(self) -> str:
-        return f"DreamStream({self._endpoint.target!r}, {self._request})"
+        return f"DreamStream({self._source.endpoint.target!r}, {self._source.request})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_parent_rank": self._rank()}
+        return {**self.__dict__, "_parent_rank": self._rank(), "_iteration": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._name in streams:  # a copy beside the original
+            self._name = uuid.uuid4().hex
+        streams[self._name] = self
 
     # What a DataLoader gets -------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[Batch]:
-        worker = get_worker_info()
+        refuse_unfit_loaders(has_shard=self._shard is not None)
+        info = get_worker_info()
+        workers, number = (info.num_workers, info.id) if info else (1, 0)
         rank, ranks = self._rank()
-        workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
         shard = (rank * workers + number, ranks * workers)
-        position = self._position(shard)
-        return self._iterate(shard, position, worker=_Worker() if worker else None)
+        refusal = self._follow_trainer(number, shard) if info is not None else None
+        place, notice = self._positions.begin(shard, workers, self._start)
+        if notice is not None and shard[0] == 0:
+            _log.warning("%s", notice)
+        last = self._board.taken(number) if info is not None else 0
+        if info is not None:
+            self._untaken = deque([(last, place)])
+        origin = Origin(
+            stream=self._name,
+            moves=self._moves,
+            worker=None if info is None else (number, workers),
+            number=last,
+            begun=place,
+            before=place,
+            after=place,
+        )
+        iteration = _Iteration(self, shard, origin, Worker() if info else None, refusal)
+        self._iteration = weakref.ref(iteration)
+        return iteration
 
-    def _iterate(self, shard: tuple[int, int], position: Start, worker: "_Worker | None") -> Iterator[Batch]:
-        reader = _Reader(self, shard, position, shared=worker is not None)
-        try:
-            while True:
-                batch = reader.next(worker)
-                if batch is None:
-                    return
-                self.record(batch)
-                yield batch
-        finally:
-            reader.close()
+    def _follow_trainer(self, number: int, shard: tuple[int, int]) -> str | None:
+        """In a worker that lived on: back to the last batch that was taken from it. Why that cannot be, if so."""
+        if self._board.is_blind:
+            return _BLIND
+        if self._untaken:
+            if self._moves is not None and self._moves != self._board.moves:
+                return (
+                    "the position was moved by seek or load_state_dict, of which the DataLoader's persistent workers "
+                    "cannot hear: make a new DataLoader"
+                )
+            taken = self._board.taken(number)
+            self._positions.put(shard, next(place for last, place in self._untaken if last >= taken))
+        return None
+
+    def _yielded(self, batch: Batch, *, by_worker: bool) -> None:
+        info = batch.info
+        assert info.origin is not None
+        self._check_moves(info.origin)
+        if by_worker:
+            self._positions.put(info.shard, info.origin.after)
+            taken = self._board.taken(info.origin.worker[0]) if info.origin.worker else 0
+            while self._untaken and self._untaken[0][0] < taken:
+                self._untaken.popleft()
+            self._untaken.append((info.origin.number, info.origin.after))
+        else:
+            self._check_rank(info)
+            self._positions.hand(info.shard, info.origin)
+
+    def _taken_from_worker(self, info: BatchInfo | None) -> None:
+        """In the trainer: its DataLoader hands it this batch of a worker's, or one that does not say which it is."""
+        if info is None or info.origin is None or info.origin.worker is None:
+            self._board.set_blind(not self._positions.is_recorded)
+            return
+        self._check_moves(info.origin)
+        self._check_rank(info)
+        self._positions.hand(info.shard, info.origin)
+        if not self._positions.is_recorded:
+            self._board.take(info.origin.worker[0], info.origin.number)
+
+    def _check_moves(self, origin: Origin) -> None:
+        if origin.moves is not None and origin.moves != self._moves:
+            raise RuntimeError(
+                "the position was moved by seek or load_state_dict after iter(loader), which goes on where it was: do "
+                "that before iter(loader), or iterate anew"
+            )
+
+    def _check_rank(self, info: BatchInfo) -> None:
+        assert info.origin is not None
+        number, workers = info.origin.worker or (0, 1)
+        rank, ranks = self._rank()
+        if info.shard != (rank * workers + number, ranks * workers):
+            raise RuntimeError(
+                f"this is rank {rank} of {ranks}, and the iteration began as {info.shard[0]} of {info.shard[1]}, "
+                "so that ranks would get the same images: call init_process_group before iter(loader), or pass "
+                "DreamStream(..., shard=(rank, ranks))"
+            )
+
+    def set_epoch(self, epoch: int) -> None:
+        """What some loaders call before an epoch. A stream has none: each goes on where the last one stopped."""
+        refuse_unfit_loaders(has_shard=self._shard is not None)
 
     # Positions --------------------------------------------------------------------------------------------------------
 
     def record(self, batch: Batch | BatchInfo) -> None:
-        """Makes `batch` the last one of its reader for :meth:`state_dict`.
+        """Makes `batch` the last one of its reader for :meth:`state_dict` and for the next iteration.
 
-        Needed only in the main process of a plain DataLoader with workers; call it with each batch that was trained on.
+        Not needed where each batch is trained on as the DataLoader hands it out. Loaders that fetch ahead (Lightning,
+        Accelerate) need it: call it with each batch that was trained on, in order.
+
+        Raises:
+            ValueError: the batch does not follow the last one that was recorded, or the position that was loaded.
         """
         info = batch if isinstance(batch, BatchInfo) else batch[3]
-        self._keep(info.shard, info.cursor)
-
-    def _keep(self, shard: tuple[int, int], position: int | bytes) -> None:
-        if self._readers != shard[1]:
-            self._positions, self._readers = {}, shard[1]
-        self._positions[shard[0]] = position
+        if info.origin is None:
+            raise ValueError("this info is of no stream; give record the batch that the DataLoader yielded")
+        self._positions.record(info.shard, info.origin)
+        self._board.set_blind(False)
+        if info.origin.worker is not None:
+            self._board.take(info.origin.worker[0], info.origin.number)
 
     def seek(self, start: Start) -> None:
         """Lets the next iteration begin at `start`, whatever was read or loaded before."""
         _check_start(start)
-        self._start, self._positions, self._readers = start, {}, None
+        self._start = start
+        self._move(Positions())
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the last yielded batch, of plain strings and numbers: for torch.save, or JSON."""
-        positions = {
-            str(reader): {"cursor": position.hex()} if isinstance(position, bytes) else {"sequence": position}
-            for reader, position in sorted(self._positions.items())
-        }
-        return {"dreamfeed_stream": _FORMAT, "readers": self._readers, "positions": positions}
+        """The position after the last batch that was yielded, or that was recorded, where :meth:`record` was called.
+
+        Of plain strings and numbers: for torch.save, or JSON.
+        """
+        iteration = self._iteration and self._iteration()
+        if iteration is not None:
+            iteration.settle()
+        if self._board.is_blind:
+            raise RuntimeError(_BLIND)
+        return self._positions.state()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Lets the next iteration go on from a :meth:`state_dict`, with as many ranks and workers as there were.
+        """Lets the next iteration go on from a :meth:`state_dict`.
+
+        With another number of ranks or workers all of them start from the lowest position (which needs the states of
+        all ranks, :func:`merge_states`), and a warning in the log says how many images come twice.
 
         Raises:
-            ValueError: this is no state of a DreamStream.
+            ValueError: this is no state of a DreamStream, or the stream is being read.
         """
-        if state_dict.get("dreamfeed_stream") != _FORMAT:
+        iteration = self._iteration and self._iteration()
+        if iteration is not None and iteration.is_open:
             raise ValueError(
-                f"no state that this version of DreamStream wrote; its keys are {sorted(map(str, state_dict))}"
+                "this stream is already being read, and goes on where it is: load its position before iter(loader), or "
+                "close the iterator"
             )
-        positions: dict[int, int | bytes] = {}
-        for reader, position in state_dict["positions"].items():
-            cursor = position.get("cursor")
-            positions[int(reader)] = int(position["sequence"]) if cursor is None else bytes.fromhex(cursor)
-        self._positions, self._readers = positions, state_dict["readers"]
+        self._move(Positions.of(state_dict))
 
-    def _position(self, shard: tuple[int, int]) -> Start:
-        if self._readers is None:
-            return self._start
-        index, count = shard
-        if self._readers != count:
-            raise ValueError(
-                f"the position is that of {self._readers} readers (ranks times DataLoader workers), and now "
-                f"there are {count}: use as many again, or stream.seek() to a sequence"
-            )
-        if index not in self._positions:
-            # A worker that had yielded nothing yet has not moved. That of another rank never is in here.
-            workers = get_worker_info()
-            mine = workers.num_workers if workers else 1
-            if any(reader // mine == index // mine for reader in self._positions):
-                return self._start
-            raise ValueError(
-                f"the loaded position is that of readers {sorted(self._positions)} of {count}, and this is reader "
-                f"{index}: let every rank load its own state, or dreamfeed.merge_states(...) of the states of all"
-            )
-        return self._positions[index]
+    def _move(self, positions: Positions) -> None:
+        self._positions = positions
+        self._untaken.clear()
+        if get_worker_info() is not None:
+            self._moves = None
+            return
+        self._board.move()
+        self._moves = self._board.moves
 
     def _rank(self) -> tuple[int, int]:
-        if self._shard is not None:
-            return self._shard
-        if dist.is_available() and dist.is_initialized():
-            return dist.get_rank(), dist.get_world_size()
-        if self._parent_rank is not None:
-            return self._parent_rank
-        rank, ranks = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
-        if rank is None or ranks is None:
-            return 0, 1
-        _check_shard(int(rank), int(ranks))
-        return int(rank), int(ranks)
+        return self._shard if self._shard is not None else rank_and_ranks(self._parent_rank)
+
+
+class _Iteration(Iterator[Batch]):
+    """Open from iter() on, also before the first batch was asked for."""
+
+    def __init__(
+        self,
+        stream: DreamStream,
+        shard: tuple[int, int],
+        origin: Origin,
+        worker: Worker | None,
+        refusal: str | None,
+    ) -> None:
+        self._stream, self._shard, self._origin, self._worker = stream, shard, origin, worker
+        # Raised by next(): a worker that lives on cannot tell its DataLoader earlier.
+        self._refusal = refusal
+        self._reader: Reader | None = None
+        self.is_open = True
+
+    def __next__(self) -> Batch:
+        if not self.is_open:
+            raise StopIteration
+        try:
+            if self._refusal is not None:
+                raise RuntimeError(self._refusal)
+            if self._reader is None:
+                self._reader = Reader(self._stream._source, self._shard, self._origin)
+            batch = self._reader.next(self._worker)
+            if batch is None:
+                raise StopIteration
+            self._stream._yielded(batch, by_worker=self._worker is not None)
+            self._origin = batch.info.origin or self._origin
+            return batch
+        except BaseException:
+            self.close()
+            raise
+
+    def settle(self) -> None:
+        """Where "latest" was found to be is the position, also if no batch came yet."""
+        begun = self._reader.begun() if self._reader is not None else None
+        untouched = self._origin.after == self._origin.begun and not self._stream._positions.places
+        if untouched and begun is not None and isinstance(begun.start, int):
+            self._stream._positions.put(self._shard, begun)
+
+    def close(self) -> None:
+        if not self.is_open:
+            return
+        self.is_open = False
+        self.settle()
+        if self._reader is not None:
+            self._reader.close()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def merge_states(*states: Mapping[str, Any]) -> dict[str, Any]:
@@ -281,16 +379,7 @@ def merge_states(*states: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: the states are of different runs: they speak of different numbers of readers.
     """
-    readers = {state["readers"] for state in states if state["readers"] is not None}
-    if len(readers) > 1:
-        raise ValueError(f"states of {sorted(readers)} readers cannot be merged: they are of different runs")
-    positions = {reader: place for state in states for reader, place in state["positions"].items()}
-    return {"dreamfeed_stream": _FORMAT, "readers": next(iter(readers), None), "positions": positions}
-
-
-def _check_shard(index: int, count: int) -> None:
-    if not 0 <= index < count:
-        raise ValueError(f"shard is ({index}, {count}); give (rank, ranks) with 0 <= rank < ranks")
+    return merged(states)
 
 
 def _check_start(start: Start) -> None:
@@ -302,231 +391,3 @@ def _check_start(start: Start) -> None:
         fine = start in ("latest", "earliest")
     if not fine:
         raise ValueError(f"start is {start!r}; give 'latest', 'earliest', a sequence from 0 on, or a cursor")
-
-
-@dataclass(frozen=True)
-class _Request:
-    """The part of a StreamRequest that is the same for every reader."""
-
-    batch_size: int
-    replay: float
-    sampling: str
-    max_age: float | None
-    max_student_versions: int | None
-    classes: tuple[int | str, ...]
-    pixels: str
-
-    @property
-    def bounds_staleness(self) -> bool:
-        return self.max_age is not None or self.max_student_versions is not None
-
-    def build(self, shard: tuple[int, int], position: Start, class_names: Sequence[str]) -> pb.StreamRequest:
-        request = pb.StreamRequest(
-            start=_start(position),
-            batch_size=self.batch_size,
-            pixel_format=_PIXELS[self.pixels],
-            classes=[_class_index(name, class_names) for name in self.classes],
-        )
-        if shard[1] > 1:
-            request.shard.index, request.shard.count = shard
-        if self.replay > 0:
-            request.replay.share = self.replay
-            request.replay.sampling = _SAMPLING[self.sampling]
-        if self.max_student_versions is not None:
-            request.staleness_bound.max_student_versions = self.max_student_versions
-        if self.max_age is not None:
-            request.staleness_bound.max_age.FromTimedelta(timedelta(seconds=self.max_age))
-        return request
-
-
-def _start(position: Start) -> pb.StreamStart:
-    if isinstance(position, bytes):
-        return pb.StreamStart(cursor=position)
-    if isinstance(position, int):
-        return pb.StreamStart(sequence=position)
-    return (
-        pb.StreamStart(earliest=pb.Earliest())
-        if position == "earliest"
-        else pb.StreamStart(latest=pb.Latest())
-    )
-
-
-def _class_index(name: int | str, class_names: Sequence[str]) -> int:
-    if isinstance(name, int):
-        return name
-    if name not in class_names:
-        known = ", ".join(class_names) or "none, its file does not name them: give indices"
-        raise InvalidRequestError(f"the teacher has no class {name!r}; its classes are: {known}")
-    return list(class_names).index(name)
-
-
-class _Worker:
-    """The DataLoader's worker that this process is, of which the DataLoader takes leave while it waits for images.
-
-    It says so in an event that only the worker's loop looks at, between two batches; and waits five seconds for it.
-    """
-
-    def __init__(self) -> None:
-        self._parent = os.getppid()
-        self._done: Any = None
-        frame = inspect.currentframe()
-        while frame is not None and self._done is None:
-            if frame.f_code.co_name == "_worker_loop":
-                self._done = frame.f_locals.get("done_event")
-            frame = frame.f_back
-
-    def is_over(self) -> bool:
-        return os.getppid() != self._parent or (self._done is not None and self._done.is_set())
-
-
-class _Reader:
-    """A background thread that keeps a few batches ready, across reconnections."""
-
-    def __init__(self, stream: DreamStream, shard: tuple[int, int], position: Start, *, shared: bool) -> None:
-        self._stream, self._shard, self._position, self._shared = stream, shard, position, shared
-        self._address = stream._endpoint.target
-        self._changed = threading.Condition()
-        # All below are guarded by `_changed`.
-        self._ready: deque[Batch] = deque()
-        self._error: BaseException | None = None
-        self._closed = False
-        # When the newest stream was opened; None where an attempt did not get there.
-        self._opened: float | None = None
-        self._pid = os.getpid()
-        self._channel: grpc.Channel | None = None
-        self._thread = threading.Thread(target=self._run, name="dreamfeed-stream", daemon=True)
-        self._thread.start()
-        # An iterator in a global variable outlives grpc's own globals, without which a connection cannot be closed.
-        atexit.register(self.close)
-
-    def next(self, worker: _Worker | None) -> Batch | None:
-        """The next batch; waits for it. None where nobody wants the worker's any more."""
-        with self._changed:
-            while not self._changed.wait_for(
-                lambda: self._ready or self._error is not None, None if worker is None else _LOOK_SECONDS
-            ):
-                if worker is not None and worker.is_over():
-                    return None
-            if self._ready:
-                self._changed.notify_all()
-                return self._ready.popleft()
-            assert self._error is not None
-            raise self._error
-
-    def close(self) -> None:
-        # First of all, because the globals of this module may be gone as well when the iterator is.
-        if self._closed:
-            return
-        if self._pid != os.getpid():
-            return  # a forked child has neither the thread nor the connection
-        atexit.unregister(self.close)
-        with self._changed:
-            self._closed = True
-            channel, self._channel = self._channel, None
-            self._changed.notify_all()
-        if channel is not None:
-            channel.close()
-        if threading.current_thread() is not self._thread:  # which may be the one that collects garbage
-            self._thread.join(10.0)
-
-    def _run(self) -> None:
-        try:
-            self._read_forever()
-        except BaseException as error:
-            with self._changed:
-                self._error = error
-                self._changed.notify_all()
-
-    def _read_forever(self) -> None:
-        backoff = Backoff(give_up_after=self._stream._give_up_after)
-        while True:
-            error: DreamfeedError
-            self._opened = None
-            try:
-                for batch in self._connect():
-                    backoff.reset()
-                    if not self._put(batch):
-                        return
-                    self._position = batch.info.cursor
-                error = UnavailableError(f"the stream of {self._address} ended")
-            except grpc.RpcError as rpc_error:
-                error = translate(rpc_error, "Stream", self._address)
-                error.__cause__ = rpc_error
-                if not self._is_closed() and rpc_error.code() not in _RETRIED:
-                    self._handle(error)
-                    continue
-            except ValueError:
-                # What grpc raises where the channel is closed under it.
-                if self._is_closed():
-                    return
-                raise
-            if self._opened is not None and time.monotonic() - self._opened > _DESCRIBE_SECONDS:
-                backoff.reset()  # it waited for images, in vain but well
-            wait = backoff.wait()
-            if wait is None:
-                raise error
-            with self._changed:
-                if not self._closed:
-                    _log.warning("%s; again in %.1f s, from the last cursor", error, wait)
-                if self._changed.wait_for(lambda: self._closed, wait):
-                    return
-
-    def _handle(self, error: DreamfeedError) -> None:
-        """Goes over a gap, or raises."""
-        following = error.next_sequence if isinstance(error, GapError) else None
-        # A position that the daemon sends us to for the second time would send us there for ever.
-        if self._stream._on_gap == "raise" or following is None or following == self._position:
-            raise error
-        _log.warning("%s; skipping to sequence %d", error, following)
-        self._position = following
-
-    def _connect(self) -> Iterator[Batch]:
-        """The batches of one connection."""
-        endpoint, request = self._stream._endpoint, self._stream._request
-        with endpoint.channel() as channel:
-            self._use(channel)
-            stub = pb_grpc.DreamfeedServiceStub(channel)
-            described = stub.Describe(
-                pb.DescribeRequest(), timeout=_DESCRIBE_SECONDS, metadata=endpoint.metadata()
-            )
-        if self._position == "latest":
-            # Else what is made between a broken connection and the next would be skipped.
-            self._position = following = described.log.next_sequence
-            self._stream._keep(self._shard, following)
-        with endpoint.channel(
-            max_receive_bytes=described.max_message_bytes + 1024, small_window=request.bounds_staleness
-        ) as channel:
-            self._use(channel)
-            # As the generated stub does, but the bytes are decoded here.
-            call = channel.unary_stream(
-                _STREAM_PATH,
-                request_serializer=pb.StreamRequest.SerializeToString,
-                response_deserializer=None,
-            )
-            normalization = None
-            if request.pixels == "f32":
-                normalization = Normalization.of(described.teacher.normalization)
-            message = request.build(self._shard, self._position, described.teacher.class_names)
-            self._opened = time.monotonic()
-            for response in call(message, metadata=endpoint.metadata()):
-                yield decode(response, shard=self._shard, shared=self._shared, normalization=normalization)
-
-    def _use(self, channel: grpc.Channel) -> None:
-        with self._changed:
-            if not self._closed:
-                self._channel = channel
-                return
-        channel.close()
-
-    def _put(self, batch: Batch) -> bool:
-        with self._changed:
-            self._changed.wait_for(lambda: len(self._ready) < self._stream._prefetch or self._closed)
-            if self._closed:
-                return False
-            self._ready.append(batch)
-            self._changed.notify_all()
-            return True
-
-    def _is_closed(self) -> bool:
-        with self._changed:
-            return self._closed
