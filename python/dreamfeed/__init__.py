@@ -12,6 +12,7 @@
 Every error is a :class:`DreamfeedError`, and its message says what to do.
 """
 
+from dreamfeed import _fork  # noqa: F401 (before whatever imports grpc)
 from dreamfeed._batch import Batch, BatchInfo
 from dreamfeed._channel import Tls
 from dreamfeed.checkpoint import TrainingCheckpoint, save_student

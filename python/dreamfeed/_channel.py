@@ -1,16 +1,13 @@
 """Where the daemon is, and how to open a channel to it: address, TLS, token."""
 
 import ipaddress
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# A DataLoader forks its workers while a Client of the trainer may have a connection open. Read when grpc is first
-# imported.
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "1")
-
 import grpc
+
+from dreamfeed import _fork
 
 DEFAULT_PORT = 7461
 Metadata = Sequence[tuple[str, str]]
@@ -90,10 +87,10 @@ class Endpoint:
                 )
         return cls(target, settings, token)
 
-    def channel(self, *, max_receive_bytes: int = -1, small_window: bool = False) -> grpc.Channel:
+    def channel(self, *, small_window: bool = False) -> grpc.Channel:
         """A new channel, with a connection of its own. Call it in the process that uses it."""
         options: list[tuple[str, int | str]] = [
-            ("grpc.max_receive_message_length", max_receive_bytes),
+            ("grpc.max_receive_message_length", -1),
             ("grpc.max_send_message_length", -1),
             ("grpc.use_local_subchannel_pool", 1),
             # A peer that vanished without a word is noticed; a stream may be idle for long.
@@ -106,10 +103,13 @@ class Endpoint:
         if small_window:
             options += [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 64 << 10)]
         if self.tls is None:
-            return grpc.insecure_channel(self.target, options)
-        if self.tls.server_name:
-            options.append(("grpc.ssl_target_name_override", self.tls.server_name))
-        return grpc.secure_channel(self.target, self.tls.credentials(), options)
+            channel = grpc.insecure_channel(self.target, options)
+        else:
+            if self.tls.server_name:
+                options.append(("grpc.ssl_target_name_override", self.tls.server_name))
+            channel = grpc.secure_channel(self.target, self.tls.credentials(), options)
+        _fork.opened()
+        return channel
 
     def metadata(self) -> Metadata:
         return [("authorization", f"Bearer {self.token}")] if self.token else []

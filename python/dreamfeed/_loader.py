@@ -11,6 +11,8 @@ import torch
 from torch.utils.data import dataloader
 
 from dreamfeed._batch import BatchInfo
+from dreamfeed._fork import FORKSERVER, Alarm
+from dreamfeed.errors import DreamfeedError
 
 # A DataLoader's bound is the operating system's; this many fit one page of memory.
 _MOST_WORKERS = 510
@@ -91,7 +93,14 @@ def info_of(data: object, depth: int = 2) -> BatchInfo | None:
 def _watched(following: Callable[[Any], Any]) -> Callable[[Any], Any]:
     @wraps(following)
     def __next__(self: Any) -> Any:
-        data = following(self)
+        try:
+            data = following(self)
+        except RuntimeError as error:
+            # How torch says that a worker died; why, it does not say in the same words everywhere.
+            if any(worker.exitcode == -Alarm.SIGNAL for worker in getattr(self, "_workers", ())):
+                self._shutdown_workers()  # else torch raises for this one again, wherever the trainer is then
+                raise DreamfeedError(FORKSERVER) from error
+            raise
         if self._num_workers:
             info = info_of(data)
             origin = None if info is None else info.origin

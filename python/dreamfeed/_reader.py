@@ -12,6 +12,7 @@ from datetime import timedelta
 
 import grpc
 
+from dreamfeed import _fork
 from dreamfeed._backoff import Backoff
 from dreamfeed._batch import Batch, Normalization, decode
 from dreamfeed._channel import Endpoint
@@ -41,6 +42,9 @@ _RETRIED = {
     grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 _DESCRIBE_SECONDS = 30.0
+# In a forked worker gRPC may be dead, so that no call ends, not even at its deadline: the first ones have a short
+# one, and where they do not end by far, the worker gives up, or is ended where it cannot even do that.
+_PROBE_SECONDS, _DEAD_SECONDS = 2.0, 7.0
 # How often a worker that waits for images looks whether it is still wanted.
 _LOOK_SECONDS = 0.25
 
@@ -118,8 +122,8 @@ class Reader:
     `origin` is that of a batch before the first: its place is where to begin, and its number that of the last batch.
     """
 
-    def __init__(self, source: Source, shard: tuple[int, int], origin: Origin) -> None:
-        self._source, self._shard, self._origin = source, shard, origin
+    def __init__(self, source: Source, shard: tuple[int, int], origin: Origin, worker: Worker | None) -> None:
+        self._source, self._shard, self._origin, self._worker = source, shard, origin, worker
         # Where a request goes on from: behind a gap, or where the last batch ended.
         self._position: Start = origin.after.start
         self._address = source.endpoint.target
@@ -128,6 +132,10 @@ class Reader:
         self._ready: deque[Batch] = deque()
         self._error: BaseException | None = None
         self._closed = False
+        # Whether gRPC is known to work in this process: a call came to an end.
+        self._works = not _fork.is_forked()
+        self._alarm = None if self._works or worker is None else _fork.Alarm(_fork.CHILD_SECONDS)
+        self._began = time.monotonic()
         # When the newest stream was opened; None where an attempt did not get there.
         self._opened: float | None = None
         self._pid = os.getpid()
@@ -137,14 +145,21 @@ class Reader:
         # An iterator in a global variable outlives grpc's own globals, without which a connection cannot be closed.
         atexit.register(self.close)
 
-    def next(self, worker: Worker | None) -> Batch | None:
+    def next(self) -> Batch | None:
         """The next batch; waits for it. None where nobody wants the worker's any more."""
         with self._changed:
+            worker = self._worker
             while not self._changed.wait_for(
-                lambda: self._ready or self._error is not None, None if worker is None else _LOOK_SECONDS
+                lambda: self._ready or self._error is not None,
+                None if worker is None and self._works else _LOOK_SECONDS,
             ):
                 if worker is not None and worker.is_over():
                     return None
+                if not self._works and time.monotonic() - self._began > _DEAD_SECONDS:
+                    self._closed = True  # without closing the channel, which would not end either
+                    if self._alarm is not None:
+                        self._alarm.stop()  # which is for a worker that cannot say so
+                    raise DreamfeedError(_fork.FORKSERVER)
             if self._ready:
                 self._changed.notify_all()
                 return self._ready.popleft()
@@ -166,6 +181,7 @@ class Reader:
             channel.close()
         if threading.current_thread() is not self._thread:  # which may be the one that collects garbage
             self._thread.join(10.0)
+        _fork.closed()
 
     def _run(self) -> None:
         try:
@@ -188,6 +204,7 @@ class Reader:
                     self._position = batch.info.cursor
                 error = UnavailableError(f"the stream of {self._address} ended")
             except grpc.RpcError as rpc_error:
+                self._prove()
                 error = translate(rpc_error, "Stream", self._address)
                 error.__cause__ = rpc_error
                 if not self._is_closed() and rpc_error.code() not in _RETRIED:
@@ -220,23 +237,20 @@ class Reader:
 
     def _connect(self) -> Iterator[Batch]:
         """The batches of one connection."""
+        if _fork.cannot_work():
+            raise DreamfeedError(_fork.FORKSERVER)
         endpoint, request = self._source.endpoint, self._source.request
-        with endpoint.channel() as channel:
+        # How large a message may be is what the daemon would say itself: that is worth no second channel.
+        with endpoint.channel(small_window=request.bounds_staleness) as channel:
             self._use(channel)
-            stub = pb_grpc.DreamfeedServiceStub(channel)
-            described = stub.Describe(
-                pb.DescribeRequest(), timeout=_DESCRIBE_SECONDS, metadata=endpoint.metadata()
-            )
-        if self._position == "latest":
-            # Else what is made between a broken connection and the next would be skipped.
-            self._position = described.log.next_sequence
-            self._begin(Place(self._position, self._position))
-        elif self._position == "earliest" and self._origin.after.sequence is None:
-            self._begin(Place(self._position, described.log.first_sequence))
-        with endpoint.channel(
-            max_receive_bytes=described.max_message_bytes + 1024, small_window=request.bounds_staleness
-        ) as channel:
-            self._use(channel)
+            described = self._describe(channel)
+            self._prove()
+            if self._position == "latest":
+                # Else what is made between a broken connection and the next would be skipped.
+                self._position = described.log.next_sequence
+                self._begin(Place(self._position, self._position))
+            elif self._position == "earliest" and self._origin.after.sequence is None:
+                self._begin(Place(self._position, described.log.first_sequence))
             # As the generated stub does, but the bytes are decoded here.
             call = channel.unary_stream(
                 _STREAM_PATH,
@@ -253,6 +267,17 @@ class Reader:
                 yield self._named(
                     decode(response, shard=self._shard, shared=shared, normalization=normalization)
                 )
+
+    def _describe(self, channel: grpc.Channel) -> pb.DescribeResponse:
+        timeout = _DESCRIBE_SECONDS if self._works else _PROBE_SECONDS
+        stub = pb_grpc.DreamfeedServiceStub(channel)
+        return stub.Describe(pb.DescribeRequest(), timeout=timeout, metadata=self._source.endpoint.metadata())
+
+    def _prove(self) -> None:
+        """gRPC has answered."""
+        self._works = True
+        if self._alarm is not None:
+            self._alarm.stop()
 
     def _begin(self, place: Place) -> None:
         """Now it is known where that is."""

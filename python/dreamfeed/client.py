@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from dreamfeed import _fork
 from dreamfeed._channel import Endpoint, Tls
 from dreamfeed._proto import dreamfeed_pb2 as pb
 from dreamfeed._proto import dreamfeed_pb2_grpc as pb_grpc
@@ -163,12 +164,14 @@ class Client:
         with self._connect_lock:
             if self._connected is not None and self._connected[0] == os.getpid():
                 self._connected[1].close()
+                _fork.closed()
             self._connected = None
 
     def describe(self, *, timeout: float | None = None) -> DaemonInfo:
         """What the daemon dreams from, and what it holds."""
         try:
-            answer = self._stub().Describe(pb.DescribeRequest(), **self._call(timeout))
+            with _fork.calling():
+                answer = self._stub().Describe(pb.DescribeRequest(), **self._call(timeout))
         except grpc.RpcError as error:
             raise self._error(error, "Describe") from error
         return daemon_info(answer)
@@ -225,7 +228,8 @@ class Client:
                 yield pb.PushStudentRequest(data=bytes(view[begin : begin + _PIECE]))
 
         try:
-            answer = self._stub().PushStudent(parts(), **self._call(timeout))
+            with _fork.calling():
+                answer = self._stub().PushStudent(parts(), **self._call(timeout))
         except grpc.RpcError as error:
             raise self._error(error, f"PushStudent of a {arch}") from error
         return PushResult(answer.version, answer.already_current)
@@ -241,11 +245,12 @@ class Client:
         request = pb.FetchStudentRequest(version=version or 0)
         header, pieces = None, []
         try:
-            for part in self._stub().FetchStudent(request, **self._call(timeout)):
-                if part.WhichOneof("part") == "header":
-                    header = part.header
-                else:
-                    pieces.append(part.data)
+            with _fork.calling():
+                for part in self._stub().FetchStudent(request, **self._call(timeout)):
+                    if part.WhichOneof("part") == "header":
+                        header = part.header
+                    else:
+                        pieces.append(part.data)
         except grpc.RpcError as error:
             raise self._error(error, "FetchStudent") from error
         file = b"".join(pieces)
@@ -262,7 +267,10 @@ class Client:
             InvalidRequestError: there is none of this name; the message lists them.
         """
         try:
-            answer = self._stub().SetSynthesizer(pb.SetSynthesizerRequest(name=name), **self._call(timeout))
+            with _fork.calling():
+                answer = self._stub().SetSynthesizer(
+                    pb.SetSynthesizerRequest(name=name), **self._call(timeout)
+                )
         except grpc.RpcError as error:
             raise self._error(error, f"SetSynthesizer to {name!r}") from error
         return synthesizer_info(answer.synthesizer)

@@ -1,5 +1,6 @@
 """Pushes of the student that never hold up the training step."""
 
+import atexit
 import logging
 import os
 import threading
@@ -15,6 +16,9 @@ from dreamfeed.client import Client, PushResult, Snapshot, arch_of
 from dreamfeed.errors import StudentPushWarning, UnavailableError
 
 _log = logging.getLogger("dreamfeed")
+
+# What a push that is under way as the process ends may still take.
+_LAST_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,7 @@ class StudentPusher:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="dreamfeed-push", daemon=True)
                 self._thread.start()
+                atexit.register(self._end)
             self._changed.notify_all()
 
     def flush(self, timeout: float | None = 60.0) -> bool:
@@ -114,14 +119,34 @@ class StudentPusher:
         return done
 
     def close(self, timeout: float | None = 60.0) -> bool:
-        """:meth:`flush`, then ends the thread. The answer is flush's."""
+        """:meth:`flush`, then ends the thread. The answer is flush's.
+
+        What is still under way after `timeout` goes on until it succeeds or fails, or until the process ends.
+        """
         try:
             return self.flush(timeout)
         finally:
-            with self._changed:
-                self._closed = True
-                self._waiting = None
-                self._changed.notify_all()
+            if not self._stop() and self._thread is not None and self._pid == os.getpid():
+                self._thread.join()
+                atexit.unregister(self._end)
+
+    def _stop(self) -> bool:
+        """Lets the thread end after what is under way; whether there is something."""
+        with self._changed:
+            self._closed = True
+            self._waiting = None
+            self._changed.notify_all()
+            return self._busy
+
+    def _end(self) -> None:
+        """At the end of the process: a thread that Python ends in the middle of freeing tensors aborts all."""
+        if self._thread is None or self._pid != os.getpid():
+            return
+        self._stop()
+        self._thread.join(_LAST_SECONDS)
+        if self._thread.is_alive():
+            self._client.close()  # which ends the call under way
+            self._thread.join()
 
     def __enter__(self) -> Self:
         return self

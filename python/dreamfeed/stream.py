@@ -343,8 +343,8 @@ class _Iteration(Iterator[Batch]):
             if self._refusal is not None:
                 raise RuntimeError(self._refusal)
             if self._reader is None:
-                self._reader = Reader(self._stream._source, self._shard, self._origin)
-            batch = self._reader.next(self._worker)
+                self._reader = Reader(self._stream._source, self._shard, self._origin, self._worker)
+            batch = self._reader.next()
             if batch is None:
                 raise StopIteration
             self._stream._yielded(batch, by_worker=self._worker is not None)

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+
+# As the package does, which these files import after grpc.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "1"
 
 import grpc
 import grpc_tools
