@@ -1,9 +1,12 @@
 """What can go wrong, as exceptions whose messages say what to do."""
 
+import os
 import re
 from collections.abc import Mapping
 
 import grpc
+
+from dreamfeed._channel import is_loopback
 
 NEXT_SEQUENCE = "dreamfeed-next-sequence"
 
@@ -120,12 +123,35 @@ _KINDS: Mapping[str, type[DreamfeedError]] = {
 } | {"PERMISSION_DENIED": AuthenticationError}
 
 
+def _proxy_of(address: str) -> str | None:
+    """The variable that names the HTTP proxy by which gRPC goes to `address` (HOST:PORT or unix:PATH)."""
+    host = address.rpartition(":")[0].strip("[]")
+    spared = next((os.environ[name] for name in ("no_grpc_proxy", "no_proxy") if os.environ.get(name)), "")
+    if is_loopback(address) or any(
+        host.endswith(suffix.strip()) for suffix in spared.split(",") if suffix.strip()
+    ):
+        return None
+    # In gRPC's order.
+    return next((name for name in ("grpc_proxy", "https_proxy", "http_proxy") if os.environ.get(name)), None)
+
+
 def translate(error: grpc.RpcError, action: str, address: str) -> DreamfeedError:
     """`error` of a call as one of this module's, with what was being done and what helps."""
     code = error.code().name
     details = (error.details() or "no details").rstrip(".")
     text = f"{action} at {address}: {code}: {details}."
-    if code in _HINTS:
+    proxy = _proxy_of(address) if code == "UNAVAILABLE" else None
+    if "http2 header with status" in details or "Failed parsing HTTP/2" in details:
+        text = (
+            f"{action} at {address}: this port speaks HTTP and not gRPC, as the daemon's admin pages do; give the "
+            "address of its gRPC port (its setting listen, 7461 by default)"
+        )
+    elif proxy is not None:
+        text = (
+            f"{action} at {address}: {code} through the proxy that the environment variable {proxy} names ({details}); "
+            f"set no_proxy={address.rpartition(':')[0]} to reach the daemon without it"
+        )
+    elif code in _HINTS:
         text = f"{text} {_HINTS[code]}"
     if code in ("OUT_OF_RANGE", "DATA_LOSS"):
         trailers = dict(error.trailing_metadata() or ())

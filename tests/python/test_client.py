@@ -1,7 +1,9 @@
 """`dreamfeed.Client` and `dreamfeed.StudentPusher`: students, TLS, tokens, and what a scripted daemon answers."""
 
 import copy
+import http.server
 import ipaddress
+import json
 import pickle
 import threading
 import warnings
@@ -455,3 +457,36 @@ def test_the_stubs_are_those_of_the_contract(monkeypatch: pytest.MonkeyPatch) ->
         assert (generate_stubs.PACKAGE / name).read_text() == text, (
             f"{name} is older than the contract: run `.venv/bin/python python/generate_stubs.py`"
         )
+
+
+# Addresses that lead elsewhere -----------------------------
+
+
+def test_the_admin_port_is_no_address(teacher_file: Path, tmp_path: Path) -> None:
+    with daemon(teacher_file, tmp_path):
+        admin = json.loads((tmp_path / "ready.json").read_text())["admin"]
+        for call in (Client(admin).describe, lambda: next(iter(DreamStream(admin)))):
+            with pytest.raises(
+                dreamfeed.DreamfeedError, match="admin pages do; give the address of its gRPC port"
+            ):
+                call()
+
+
+def test_a_proxy_of_the_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refuses(http.server.BaseHTTPRequestHandler):
+        def do_CONNECT(self) -> None:
+            self.send_error(403)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    for name in ("grpc_proxy", "https_proxy", "http_proxy", "no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(dreamfeed.UnavailableError) as met:
+            Client("dreams.example:7461").describe(timeout=SECONDS)
+        server.shutdown()
+    assert "http_proxy" in str(met.value) and "set no_proxy=dreams.example" in str(met.value)
+    assert "dreamfeed serve" not in str(met.value)

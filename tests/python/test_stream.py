@@ -255,3 +255,13 @@ def test_a_daemon_that_is_not_there_is_given_up(tmp_path: Path) -> None:
 def test_a_malformed_argument_is_refused_at_once(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DreamStream("127.0.0.1:1", **options)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("kind", [DataLoader, StatefulDataLoader])
+def test_a_loader_that_would_batch_batches_is_refused(
+    address: str, kind: type[DataLoader], workers: int
+) -> None:
+    # At once, and not when 64 batches have come.
+    with pytest.raises(ValueError, match=r"DataLoader\(stream, batch_size=None\)"):
+        next(iter(kind(stream(address), batch_size=64, num_workers=workers)))
