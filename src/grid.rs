@@ -1,18 +1,16 @@
 //! Images as PNG: one by one, and in a grid for people to look at.
 
-use std::fs::File;
-use std::io::{self, BufWriter, Write};
-use std::path::Path;
+use std::io::{self, Write};
 
 use crate::model::source::Geometry;
 
 /// Pixels between images.
 const GAP: usize = 2;
 
-/// Writes u8 images `[N, C, H, W]` as a PNG with `columns` images a row, each pixel drawn `zoom` times as large. One
-/// channel is drawn grey, three as RGB; of any other number the first is drawn grey.
-pub fn write_png(path: &Path, images: &[u8], geometry: Geometry, columns: usize, zoom: usize) -> io::Result<()> {
-    let (columns, zoom) = (columns.max(1), zoom.max(1));
+/// u8 images `[N, C, H, W]` as a PNG file with `columns` images a row, small ones enlarged. One channel is drawn grey, three
+/// as RGB; of any other number the first is drawn grey.
+pub fn png_of_all(images: &[u8], geometry: Geometry, columns: usize) -> io::Result<Vec<u8>> {
+    let (columns, zoom) = (columns.max(1), (96 / geometry.width.max(1)).clamp(1, 8));
     let count = images.len() / geometry.pixels().max(1);
     let rows = count.div_ceil(columns).max(1);
     let (cell_w, cell_h) = (geometry.width * zoom + GAP, geometry.height * zoom + GAP);
@@ -32,10 +30,9 @@ pub fn write_png(path: &Path, images: &[u8], geometry: Geometry, columns: usize,
             }
         }
     }
-    if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder)?;
-    }
-    encode(BufWriter::new(File::create(path)?), &canvas, (width, height), png::ColorType::Rgb)
+    let mut file = Vec::new();
+    encode(&mut file, &canvas, (width, height), png::ColorType::Rgb)?;
+    Ok(file)
 }
 
 /// A u8 image `[C, H, W]` as a PNG file of its size: one channel is grey, three are RGB, and of any other number a PNG
@@ -68,9 +65,4 @@ fn encode(out: impl Write, pixels: &[u8], (width, height): (usize, usize), colou
     writer.write_image_data(pixels)?;
     writer.finish()?;
     Ok(())
-}
-
-/// A zoom that makes small images easy to look at.
-pub fn zoom_for(geometry: Geometry) -> usize {
-    (96 / geometry.width.max(1)).clamp(1, 8)
 }

@@ -7,6 +7,7 @@ pub mod delivery;
 pub mod device;
 pub mod engine;
 pub mod export;
+pub mod files;
 pub mod generators;
 pub mod grid;
 pub mod log;

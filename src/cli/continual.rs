@@ -146,5 +146,5 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             say!("{task}");
         }
     }
-    Ok(())
+    summary.outputs.check()
 }

@@ -192,5 +192,5 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         say!("student versions      {}", summary.student_versions_pushed);
         say!("wall time             {:.1} s", summary.wall_seconds);
     }
-    Ok(())
+    summary.outputs.check()
 }

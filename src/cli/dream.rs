@@ -5,10 +5,10 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::Context;
 use tch::Tensor;
 
 use crate::device::{DeviceArgs, Precision};
+use crate::files::{check_writable, write_whole};
 use crate::grid;
 use crate::model::labelled::accuracy;
 use crate::model::network::FrozenNetwork;
@@ -111,6 +111,7 @@ fn open(
 
 /// Runs the subcommand.
 pub fn run(args: Args) -> anyhow::Result<()> {
+    args.grid.as_deref().map_or(Ok(()), check_writable)?; // now, and not after hours
     let device = args.device.prepare()?;
     let source = NetworkSource::open(&args.teacher, &args.source)?;
     let mut options = args.synthesis;
@@ -143,12 +144,6 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     };
     let teacher_accuracy = agreement(&teacher.network);
     let verifier_accuracy = verifier.as_ref().map(agreement);
-    if let Some(path) = &args.grid {
-        let bytes: Vec<u8> = batches.iter().flat_map(|batch| &batch.images).copied().collect();
-        let shown = args.grid_images.min(labels.numel()) * source.geometry.pixels();
-        grid::write_png(path, &bytes[..shown], source.geometry, 10, grid::zoom_for(source.geometry))
-            .with_context(|| format!("cannot write {}", path.display()))?;
-    }
     let count = labels.numel();
     if args.json {
         let report = serde_json::json!({
@@ -164,6 +159,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         if let Some(accuracy) = verifier_accuracy {
             say!("verifier sees class   {:.1} %", accuracy * 100.0);
         }
+    }
+    if let Some(path) = &args.grid {
+        let bytes: Vec<u8> = batches.iter().flat_map(|batch| &batch.images).copied().collect();
+        let shown = args.grid_images.min(labels.numel()) * source.geometry.pixels();
+        write_whole(path, &grid::png_of_all(&bytes[..shown], source.geometry, 10)?)?;
     }
     Ok(())
 }

@@ -161,5 +161,5 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         say!("pruned       {}", summary.pruned);
         say!("fine-tuned   {}", summary.tuned);
     }
-    Ok(())
+    summary.outputs.check()
 }

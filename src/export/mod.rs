@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use futures_util::{StreamExt, pin_mut};
 use serde::Serialize;
 
+use crate::files::cannot_write;
 use crate::grid;
 use crate::log::inspect::{self, InspectError};
 use crate::log::{Chunk, Identity};
@@ -132,8 +133,7 @@ trait Sink: Send {
 }
 
 /// Writes the selected images of a log into an empty or new folder, in order of sequence, each once; tar and Parquet
-/// files hold `shard_images` each. A file that is not complete has a name that ends in `.partial`. Damaged chunks are
-/// left out and named in the result; what a daemon evicts in the meantime is left out too.
+/// files hold `shard_images` each. A file has its name only once it is complete. Damaged chunks are left out and named in the result; what a daemon evicts in the meantime is left out too.
 pub async fn export(
     storage: &Storage,
     log: &Identity,
@@ -210,9 +210,4 @@ fn take_folder(out: &Path) -> Result<bool, ExportError> {
         None => Ok(made),
         Some(_) => Err(ExportError::NotEmpty(out.to_owned())),
     }
-}
-
-/// Puts the file's name into an error.
-fn cannot_write(path: &Path) -> impl FnOnce(io::Error) -> io::Error {
-    move |error| io::Error::new(error.kind(), format!("cannot write {}: {error}", path.display()))
 }

@@ -14,7 +14,8 @@ use ::parquet::schema::parser::parse_message_type;
 use serde_json::json;
 
 use super::Sample;
-use super::shards::{PartialFile, Shard};
+use super::shards::Shard;
+use crate::files::NewFile;
 
 /// Everything is optional although nothing is ever missing: `datasets` takes the features of the metadata only where its
 /// own, nullable, types are in the file.
@@ -32,7 +33,7 @@ const GROUP_BYTES: usize = 32 << 20;
 
 /// One Parquet file.
 pub(super) struct ParquetFile {
-    writer: SerializedFileWriter<PartialFile>,
+    writer: SerializedFileWriter<NewFile>,
     rows: Rows,
 }
 
@@ -54,7 +55,7 @@ struct Rows {
 impl Shard for ParquetFile {
     const EXTENSION: &'static str = "parquet";
 
-    fn begin(file: PartialFile, num_classes: usize) -> io::Result<Self> {
+    fn begin(file: NewFile, num_classes: usize) -> io::Result<Self> {
         let features = KeyValue::new("huggingface".to_owned(), features(num_classes));
         // PNG and logits do not get smaller, and their smallest and largest values tell nobody anything.
         let properties = WriterProperties::builder()
@@ -112,7 +113,7 @@ impl ParquetFile {
 }
 
 fn column<T: DataType>(
-    group: &mut SerializedRowGroupWriter<'_, PartialFile>,
+    group: &mut SerializedRowGroupWriter<'_, NewFile>,
     values: &[T::T],
     level: i16,
     repetition: Option<&[i16]>,

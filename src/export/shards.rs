@@ -1,51 +1,16 @@
 //! Numbered files of a bounded number of images, each under its own name only once it is whole.
 
-use std::fs::File;
-use std::io::{self, BufWriter, Write};
+use std::io;
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 
-use super::{Sample, Sink, cannot_write};
-
-/// A file that has a name ending in `.partial` until it is complete.
-pub(super) struct PartialFile {
-    path: PathBuf,
-    file: BufWriter<File>,
-}
-
-impl PartialFile {
-    pub fn create(path: &Path) -> io::Result<Self> {
-        let file = File::create(partial(path)).map_err(cannot_write(path))?;
-        Ok(Self { path: path.to_owned(), file: BufWriter::new(file) })
-    }
-
-    /// Gives it its name.
-    pub fn complete(mut self) -> io::Result<()> {
-        self.flush()?;
-        std::fs::rename(partial(&self.path), &self.path).map_err(cannot_write(&self.path))
-    }
-}
-
-impl Write for PartialFile {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.file.write(bytes).map_err(cannot_write(&self.path))
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.file.flush().map_err(cannot_write(&self.path))
-    }
-}
-
-fn partial(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".partial");
-    name.into()
-}
+use super::{Sample, Sink};
+use crate::files::NewFile;
 
 /// One file of images.
 pub(super) trait Shard: Sized + Send {
     const EXTENSION: &'static str;
-    fn begin(file: PartialFile, num_classes: usize) -> io::Result<Self>;
+    fn begin(file: NewFile, num_classes: usize) -> io::Result<Self>;
     fn write(&mut self, sample: &Sample<'_>) -> io::Result<()>;
     fn finish(self) -> io::Result<()>;
 }
@@ -79,7 +44,7 @@ impl<S: Shard> Sink for Shards<S> {
             Some(open) => open,
             none => {
                 let name = format!("dreams-{:06}.{}", self.files, S::EXTENSION);
-                let shard = S::begin(PartialFile::create(&self.folder.join(name))?, self.num_classes)?;
+                let shard = S::begin(NewFile::create(&self.folder.join(name))?, self.num_classes)?;
                 self.files += 1;
                 none.insert((shard, 0))
             }

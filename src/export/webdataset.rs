@@ -5,10 +5,11 @@ use std::io;
 use tar::{Builder, Header};
 
 use super::Sample;
-use super::shards::{PartialFile, Shard};
+use super::shards::Shard;
+use crate::files::NewFile;
 
 /// One tar shard of KEY.png, KEY.cls (the class in decimal digits) and KEY.json (a [`super::Record`]).
-pub(super) struct TarFile(Builder<PartialFile>);
+pub(super) struct TarFile(Builder<NewFile>);
 
 impl TarFile {
     fn append(&mut self, name: String, bytes: &[u8]) -> io::Result<()> {
@@ -23,7 +24,7 @@ impl TarFile {
 impl Shard for TarFile {
     const EXTENSION: &'static str = "tar";
 
-    fn begin(file: PartialFile, _: usize) -> io::Result<Self> {
+    fn begin(file: NewFile, _: usize) -> io::Result<Self> {
         Ok(Self(Builder::new(file)))
     }
 

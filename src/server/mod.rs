@@ -22,7 +22,6 @@ mod stream;
 mod tasks;
 
 use std::net::{SocketAddr, TcpListener};
-use std::path::PathBuf;
 
 pub use daemon::run;
 
@@ -45,14 +44,9 @@ pub enum ServeError {
         /// What the operating system said. Told in the message, so not a source of its own, which would be printed again.
         cause: std::io::Error,
     },
-    /// The ready file cannot be written.
-    #[error("cannot write the ready file {path}: {cause}", path = path.display())]
-    ReadyFile {
-        /// The file.
-        path: PathBuf,
-        /// What the operating system said. Told in the message, so not a source of its own, which would be printed again.
-        cause: std::io::Error,
-    },
+    /// The ready file cannot be written; the sentence names it.
+    #[error("the ready file: {0}")]
+    ReadyFile(std::io::Error),
     /// The engine's thread cannot be started.
     #[error("cannot start the engine's thread: {0}")]
     Engine(std::io::Error),

@@ -7,6 +7,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 
 use super::{Listeners, ServeError};
+use crate::files;
 
 /// SIGTERM and SIGINT. The first one is told, a second one ends the process at once, whatever it is at.
 #[derive(Debug)]
@@ -58,17 +59,12 @@ impl ReadyFile {
     /// Writes it whole or not at all: whoever waits for it may read it the instant it appears.
     pub fn write(path: Option<PathBuf>, listeners: &Listeners) -> Result<Self, ServeError> {
         if let Some(path) = &path {
-            let pid = std::process::id();
             let text = serde_json::json!({
                 "grpc": listeners.grpc_address.to_string(),
                 "admin": listeners.admin_address.to_string(),
-                "pid": pid,
+                "pid": std::process::id(),
             });
-            let failed = |cause| ServeError::ReadyFile { path: path.clone(), cause };
-            let mut partial = path.clone().into_os_string();
-            partial.push(format!(".{pid}.tmp"));
-            std::fs::write(&partial, format!("{text}\n")).map_err(failed)?;
-            std::fs::rename(&partial, path).map_err(failed)?;
+            files::write_whole(path, format!("{text}\n").as_bytes()).map_err(ServeError::ReadyFile)?;
         }
         Ok(Self { path })
     }
@@ -82,6 +78,6 @@ impl Drop for ReadyFile {
 
 fn remove(ready_file: Option<&Path>) {
     if let Some(path) = ready_file {
-        let _ = std::fs::remove_file(path);
+        let _ = files::remove(path);
     }
 }

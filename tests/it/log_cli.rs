@@ -146,7 +146,11 @@ impl Store {
     }
 
     fn export(&self, format: &str, arguments: &[&str]) -> (Output, PathBuf) {
-        let out = self.folder.path().join(format);
+        self.export_to(format, format, arguments)
+    }
+
+    fn export_to(&self, name: &str, format: &str, arguments: &[&str]) -> (Output, PathBuf) {
+        let out = self.folder.path().join(name);
         let fixed = ["export", "--format", format, "--out", out.to_str().unwrap()];
         (self.log(&[&fixed, arguments].concat()), out)
     }
@@ -418,6 +422,12 @@ fn a_folder_has_every_image_in_its_class() {
         assert_eq!(logits, batch(sequence as u64, 1).teacher_logits);
     }
     assert_eq!(metadata.lines().count(), 16);
+    // A reader that numbers the folders has the classes right, also where some are empty.
+    let (_, some) = store.export_to("some", "folder", &["--classes", "3"]);
+    let mut folders: Vec<_> = std::fs::read_dir(&some).unwrap().map(|entry| entry.unwrap().path()).collect();
+    folders.retain(|path| path.is_dir());
+    folders.sort();
+    assert_eq!(folders, (0..CLASSES).map(|class| some.join(format!("{class:02}"))).collect::<Vec<_>>());
 }
 
 #[test]

@@ -13,6 +13,7 @@ mod lifecycle;
 mod limits;
 mod log_cli;
 mod objective_golden;
+mod outputs;
 mod pruning;
 mod pushing;
 mod storage;

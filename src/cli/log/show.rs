@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::PathBuf;
 
-use anyhow::Context;
 use serde_json::json;
 
 use super::{StoreArgs, images, print};
 use crate::export::records;
+use crate::files::write_whole;
 use crate::grid;
 use crate::log::inspect;
 
@@ -32,11 +32,14 @@ pub(super) async fn run(args: Args) -> anyhow::Result<()> {
     let log = args.store.found(inspect::identity(&storage).await)?;
     let chunk = inspect::find(&storage, &log, args.sequence).await?;
     let image = records(&chunk).find(|record| record.sequence == args.sequence);
-    if let Some(path) = &args.grid {
-        let columns = (chunk.count() as usize).isqrt().max(10);
-        grid::write_png(path, chunk.images(), chunk.geometry, columns, grid::zoom_for(chunk.geometry))
-            .with_context(|| format!("cannot write {}", path.display()))?;
-    }
+    // After what was asked of standard output: a full disk does not cost that.
+    let draw = || match &args.grid {
+        Some(path) => {
+            let columns = (chunk.count() as usize).isqrt().max(10);
+            write_whole(path, &grid::png_of_all(chunk.images(), chunk.geometry, columns)?)
+        }
+        None => Ok(()),
+    };
     let object = inspect::object_name(chunk.first_sequence());
     let bytes = chunk.payload().len();
     let metadata: BTreeMap<_, _> = chunk.metadata().iter().collect();
@@ -47,7 +50,8 @@ pub(super) async fn run(args: Args) -> anyhow::Result<()> {
             "object": object, "bytes": bytes, "first_sequence": chunk.first_sequence(), "count": chunk.count(),
             "metadata": metadata, "classes": classes, "image": image,
         });
-        return Ok(print(&format!("{report}\n"))?);
+        print(&format!("{report}\n"))?;
+        return Ok(draw()?);
     }
     let mut text = format!("{object}: {}, {bytes} bytes\n", images(chunk.first_sequence()..chunk.end()));
     for (key, value) in metadata {
@@ -60,5 +64,6 @@ pub(super) async fn run(args: Args) -> anyhow::Result<()> {
         let name = format!("image {}", image.sequence);
         writeln!(text, "{name:16} class {label}, student {student}, competition {competition}")?;
     }
-    Ok(print(&text)?)
+    print(&text)?;
+    Ok(draw()?)
 }

@@ -15,14 +15,15 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tch::{Kind, Reduction, Tensor};
 
+use crate::files::check_writable;
 use crate::model::labelled::{Pictures, predict};
 use crate::model::source::{NetworkSource, SourceOptions};
 use crate::model::trainable::{Metadata, TrainableNetwork};
 use crate::synthesis::Teacher;
 use crate::trainers::dreams::Dreams;
 use crate::trainers::feed::Snapshot;
-use crate::trainers::files::{check_writable, write_whole};
 use crate::trainers::loss::divergence;
+use crate::trainers::outputs::Outputs;
 use crate::trainers::sgd::{Sgd, half_cosine};
 use classes::Classes;
 use daemon::Daemon;
@@ -67,7 +68,13 @@ pub fn run(options: &Options, listen: impl FnOnce() -> anyhow::Result<Arc<Atomic
         let predicted = predict(&images, |pixels| teacher.network.logits(&teacher.pixels.normalize(pixels)));
         accuracy(&predicted, &outputs, 0, known)
     });
-    let mut summary = Summary { method: options.method, before: before.flatten(), tasks: Vec::new(), complete: true };
+    let mut summary = Summary {
+        method: options.method,
+        before: before.flatten(),
+        tasks: Vec::new(),
+        complete: true,
+        outputs: Outputs::default(),
+    };
     let (mut listen, mut stop) = (Some(listen), Arc::new(AtomicBool::new(false)));
     for (number, task) in (1..).zip(&tasks) {
         let wider = classes.with(task);
@@ -88,7 +95,7 @@ pub fn run(options: &Options, listen: impl FnOnce() -> anyhow::Result<Arc<Atomic
         }
         let path = options.result(number);
         let snapshot = learning.snapshot();
-        write_whole(&path, &snapshot.file)?;
+        summary.outputs.write(Some(&path), || Ok(snapshot.file.to_vec()));
         let received = learning.end(snapshot);
         let measured = test.as_ref().map(|test| {
             let (images, outputs) = wider.select(test, 0);
@@ -111,8 +118,14 @@ pub fn run(options: &Options, listen: impl FnOnce() -> anyhow::Result<Arc<Atomic
         };
         eprintln!("continual: task {number}  {task}");
         summary.tasks.push(task);
-        write_whole(&summary_path, &serde_json::to_vec_pretty(&summary)?)?;
-        learned?;
+        // The next task would need the network.
+        summary.complete &= summary.outputs.check().is_ok();
+        let text = serde_json::to_vec_pretty(&summary)?;
+        summary.outputs.write(Some(&summary_path), || Ok(text));
+        if let Err(error) = learned {
+            summary.outputs.tell("continual");
+            return Err(error);
+        }
         if !summary.complete {
             break;
         }

@@ -11,6 +11,7 @@ use tch::Device;
 use crate::model::augment::Augmentation;
 use crate::model::source::SourceOptions;
 use crate::model::trainable::Statistics;
+use crate::trainers::outputs::Outputs;
 
 /// How the old classes are kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, ValueEnum)]
@@ -147,6 +148,9 @@ pub struct Summary {
     pub before: Option<f64>,
     /// One entry a task that was begun.
     pub tasks: Vec<Task>,
-    /// False where a signal ended the training early.
+    /// False where a signal, or a file that could not be written, ended the training early.
     pub complete: bool,
+    /// What could not be written.
+    #[serde(skip)]
+    pub outputs: Outputs,
 }

@@ -9,11 +9,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use tch::{Kind, Tensor};
 
+use crate::files::{check_writable, write_whole};
 use crate::grid;
 use crate::model::labelled::LabelledImages;
 use crate::model::pixels::Pixels;
@@ -22,8 +23,8 @@ use crate::model::trainable::TrainableNetwork;
 use crate::synthesis::Teacher;
 use crate::trainers::average::Average;
 use crate::trainers::feed::{Feed, From, Snapshot};
-use crate::trainers::files::{check_writable, write_whole};
 use crate::trainers::hints::Hints;
+use crate::trainers::outputs::Outputs;
 use crate::trainers::progress::{Progress, State};
 use crate::trainers::replay::ReplayBuffer;
 use crate::trainers::sgd::{Sgd, half_cosine};
@@ -76,6 +77,9 @@ pub fn run(options: &Options, listen: impl FnOnce() -> anyhow::Result<Arc<Atomic
     let trained = training.go_on(&stop);
     // Whatever ended the training, what was learned is kept; then the error is told.
     let summary = training.finish(trained.is_ok() && !stop.load(Ordering::Relaxed));
+    if let (Err(_), Ok(summary)) = (&trained, &summary) {
+        summary.outputs.tell("distill");
+    }
     trained.and(summary)
 }
 
@@ -321,7 +325,7 @@ impl<'a> Training<'a> {
         }
         if step.is_multiple_of(self.options.checkpoint_every) {
             self.check()?;
-            self.save_checkpoint()?;
+            self.save_checkpoint();
         }
         Ok(())
     }
@@ -416,14 +420,24 @@ impl<'a> Training<'a> {
         self.average.as_ref().map_or(&self.student, Average::network)
     }
 
-    fn save_checkpoint(&self) -> anyhow::Result<()> {
-        let Some(path) = &self.options.checkpoint else { return Ok(()) };
+    /// A disk that is full now costs no training: there is a next time, and an end.
+    fn save_checkpoint(&self) {
+        let Some(path) = &self.options.checkpoint else { return };
+        if let Err(error) = write_whole(path, &self.checkpoint_file()) {
+            eprintln!(
+                "distill: {error}; the training goes on and tries again in {} steps",
+                self.options.checkpoint_every
+            );
+        }
+    }
+
+    fn checkpoint_file(&self) -> Vec<u8> {
         let network = self.facts.metadata(self.student.spec());
         let log_id = self.feed.description().log.as_ref().map(|log| log.log_id.as_str()).unwrap_or_default();
         let metadata = saved::metadata(network, &self.state, (self.elapsed(), self.waited), log_id, self.position);
         let mut more = self.sgd.state();
         more.extend(self.average.iter().flat_map(Average::state));
-        write_whole(path, &self.student.to_safetensors_with(&metadata, &more))
+        self.student.to_safetensors_with(&metadata, &more)
     }
 
     fn finish(mut self, complete: bool) -> anyhow::Result<Summary> {
@@ -433,12 +447,14 @@ impl<'a> Training<'a> {
         self.measure();
         // What is not finite must not replace what was good, and nobody could go on from it.
         let sound = self.check();
+        let mut outputs = Outputs::default();
         if sound.is_ok() {
-            self.save_checkpoint()?;
+            outputs.write(self.options.checkpoint.as_deref(), || Ok(self.checkpoint_file()));
         }
-        if let Some(path) = self.options.out.as_ref().filter(|_| sound.is_ok() && self.state.step > 0) {
+        if sound.is_ok() && self.state.step > 0 {
             let learned = self.learned();
-            write_whole(path, &learned.to_safetensors(&self.facts.metadata(learned.spec())))?;
+            let file = || Ok(learned.to_safetensors(&self.facts.metadata(learned.spec())));
+            outputs.write(self.options.out.as_deref(), file);
         }
         // The daemon ends with the final weights, so that a next trainer can start from them.
         let snapshot = self.snapshot();
@@ -450,13 +466,9 @@ impl<'a> Training<'a> {
         }
         self.show();
         self.progress.finish(self.state);
-        if let Some(path) = &self.options.grid {
-            let geometry = self.facts.geometry;
-            grid::write_png(path, &self.shown, geometry, 10, grid::zoom_for(geometry))
-                .with_context(|| format!("cannot write {}", path.display()))?;
-        }
+        outputs.write(self.options.grid.as_deref(), || grid::png_of_all(&self.shown, self.facts.geometry, 10));
         let stats = self.feed.stats();
-        let summary = Summary {
+        let mut summary = Summary {
             accuracy: self.state.accuracy,
             steps: self.state.step,
             loss: self.state.loss,
@@ -468,10 +480,13 @@ impl<'a> Training<'a> {
             wall_seconds: self.elapsed().as_secs_f64(),
             accuracies: self.accuracies,
             complete,
+            outputs: Outputs::default(),
         };
-        if let Some(path) = &self.options.summary {
-            write_whole(path, serde_json::to_string_pretty(&summary)?.as_bytes())?;
+        outputs.write(self.options.summary.as_deref(), || Ok(serde_json::to_vec_pretty(&summary)?));
+        if sound.is_err() {
+            outputs.tell("distill");
         }
+        summary.outputs = outputs;
         sound.map(|()| summary)
     }
 }

@@ -8,6 +8,7 @@ use tch::{Device, Kind};
 
 use crate::model::augment::Augmentation;
 use crate::trainers::loss::Loss;
+use crate::trainers::outputs::Outputs;
 
 /// How long to train.
 #[derive(Clone, Copy, Debug)]
@@ -125,4 +126,7 @@ pub struct Summary {
     pub wall_seconds: f64,
     /// False where a signal ended the training early.
     pub complete: bool,
+    /// What could not be written.
+    #[serde(skip)]
+    pub outputs: Outputs,
 }

@@ -16,6 +16,7 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use tch::{Kind, Tensor};
 
+use crate::files::check_writable;
 use crate::model::channels::{Place, stages, without};
 use crate::model::labelled::{LabelledImages, Pictures};
 use crate::model::network::FrozenNetwork;
@@ -25,8 +26,8 @@ use crate::model::trainable::{Metadata, TrainableNetwork};
 use crate::synthesis::Teacher;
 use crate::trainers::dreams::Dreams;
 use crate::trainers::feed::Snapshot;
-use crate::trainers::files::{check_writable, write_whole};
 use crate::trainers::loss::distillation_loss;
+use crate::trainers::outputs::Outputs;
 use crate::trainers::sgd::{Sgd, half_cosine};
 use importance::Importance;
 
@@ -77,6 +78,9 @@ pub fn run(options: &Options, listen: impl FnOnce() -> anyhow::Result<Arc<Atomic
     let tuned = pruning.condition();
     eprintln!("prune: tuned   {tuned}");
     let summary = pruning.finish(before, pruned, tuned, worked.is_ok());
+    if let (Err(_), Ok(summary)) = (&worked, &summary) {
+        summary.outputs.tell("prune");
+    }
     worked.and(summary)
 }
 
@@ -331,19 +335,17 @@ impl Pruning<'_> {
             bail!("the weights are not finite at step {}; a smaller --learning-rate would help", self.step);
         }
         let snapshot = self.snapshot();
-        if let Some(path) = &self.options.out {
-            write_whole(path, &snapshot.file)?;
-        }
+        let mut outputs = Outputs::default();
+        outputs.write(self.options.out.as_deref(), || Ok(snapshot.file.to_vec()));
         if let Supply::Stream(dreams) = &self.supply
             && self.step > 0
         {
             dreams.push_last(snapshot);
         }
         let complete = worked && !self.stop.load(Ordering::Relaxed);
-        let summary = Summary { before, pruned, tuned, steps: self.step, complete };
-        if let Some(path) = &self.options.summary {
-            write_whole(path, &serde_json::to_vec_pretty(&summary)?)?;
-        }
+        let mut summary = Summary { before, pruned, tuned, steps: self.step, complete, outputs: Outputs::default() };
+        outputs.write(self.options.summary.as_deref(), || Ok(serde_json::to_vec_pretty(&summary)?));
+        summary.outputs = outputs;
         Ok(summary)
     }
 }

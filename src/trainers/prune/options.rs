@@ -9,6 +9,7 @@ use tch::Device;
 
 use crate::model::augment::Augmentation;
 use crate::model::source::SourceOptions;
+use crate::trainers::outputs::Outputs;
 
 /// What is counted until the target is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -131,7 +132,7 @@ impl fmt::Display for Condition {
 }
 
 /// What came out.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub struct Summary {
     /// The whole network.
     pub before: Condition,
@@ -143,4 +144,7 @@ pub struct Summary {
     pub steps: u64,
     /// False where a signal ended the pruning early.
     pub complete: bool,
+    /// What could not be written.
+    #[serde(skip)]
+    pub outputs: Outputs,
 }
