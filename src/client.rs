@@ -47,6 +47,14 @@ pub enum ClientError {
         /// Why. Told in the message, so not a source of its own: whoever prints the chain would print it twice.
         cause: tonic::transport::Error,
     },
+    /// The daemon takes connections, or its name is being looked up, and nothing comes.
+    #[error("the daemon at {url} did not answer within {}; see whether it is stopped or very busy", humantime::format_duration(*.within))]
+    Unanswered {
+        /// The address.
+        url: String,
+        /// How long was waited.
+        within: Duration,
+    },
     /// The daemon answered with an error, or the connection broke.
     #[error("{method}: {} ({:?})", .status.message(), .status.code())]
     Status {
@@ -86,7 +94,7 @@ impl ClientError {
     /// trainer that sees one of these reconnects with [`Backoff`]; every other error will come again.
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::Connect { .. } => true,
+            Self::Connect { .. } | Self::Unanswered { .. } => true,
             Self::Status { status, .. } => match status.code() {
                 Code::Unavailable | Code::Cancelled | Code::Aborted | Code::DeadlineExceeded => true,
                 // How tonic reports a connection that broke in the middle of a call. A status that came over the wire
@@ -300,6 +308,18 @@ impl Client {
         // A batch may be far larger than gRPC's default of 4 MiB; the daemon says how large in Describe.
         let service = DreamfeedServiceClient::new(channel).max_decoding_message_size(usize::MAX);
         Ok(Self { service })
+    }
+
+    /// Connects to a daemon that may be away or still loading its teacher, and asks what it is. All of it takes `within` at
+    /// most, also where the daemon takes the connection and then says nothing.
+    pub async fn connect_within(url: &str, within: Duration) -> Result<(Self, proto::DescribeResponse), ClientError> {
+        let attempt = || async {
+            let client = Self::connect(url).await?;
+            let description = client.describe().await?;
+            Ok((client, description))
+        };
+        let unanswered = |_| ClientError::Unanswered { url: url.to_owned(), within };
+        tokio::time::timeout(within, retry(within, attempt)).await.map_err(unanswered)?
     }
 
     /// The generated client beneath, for what this one does not wrap.

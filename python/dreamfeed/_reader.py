@@ -20,7 +20,14 @@ from dreamfeed._loader import Worker
 from dreamfeed._position import Origin, Place, Start
 from dreamfeed._proto import dreamfeed_pb2 as pb
 from dreamfeed._proto import dreamfeed_pb2_grpc as pb_grpc
-from dreamfeed.errors import DreamfeedError, GapError, InvalidRequestError, UnavailableError, translate
+from dreamfeed.errors import (
+    CallTimeoutError,
+    DreamfeedError,
+    GapError,
+    InvalidRequestError,
+    UnavailableError,
+    translate,
+)
 
 _log = logging.getLogger("dreamfeed")
 
@@ -196,8 +203,9 @@ class Reader:
         while True:
             error: DreamfeedError
             self._opened = None
+            patience = backoff.begin(_DESCRIBE_SECONDS)
             try:
-                for batch in self._connect():
+                for batch in self._connect(patience):
                     backoff.reset()
                     if not self._put(batch):
                         return
@@ -219,6 +227,9 @@ class Reader:
                 backoff.reset()  # it waited for images, in vain but well
             wait = backoff.wait()
             if wait is None:
+                if isinstance(error, CallTimeoutError):
+                    problem = f"the daemon at {self._address} takes connections and does not answer"
+                    raise UnavailableError(f"{problem}; see whether it is stopped or very busy") from error
                 raise error
             with self._changed:
                 if not self._closed:
@@ -235,15 +246,15 @@ class Reader:
         _log.warning("%s; skipping to sequence %d", error, following)
         self._position = following
 
-    def _connect(self) -> Iterator[Batch]:
-        """The batches of one connection."""
+    def _connect(self, patience: float) -> Iterator[Batch]:
+        """The batches of one connection, which may take `patience` seconds to come about."""
         if _fork.cannot_work():
             raise DreamfeedError(_fork.FORKSERVER)
         endpoint, request = self._source.endpoint, self._source.request
         # How large a message may be is what the daemon would say itself: that is worth no second channel.
         with endpoint.channel(small_window=request.bounds_staleness) as channel:
             self._use(channel)
-            described = self._describe(channel)
+            described = self._describe(channel, patience)
             self._prove()
             if self._position == "latest":
                 # Else what is made between a broken connection and the next would be skipped.
@@ -268,8 +279,8 @@ class Reader:
                     decode(response, shard=self._shard, shared=shared, normalization=normalization)
                 )
 
-    def _describe(self, channel: grpc.Channel) -> pb.DescribeResponse:
-        timeout = _DESCRIBE_SECONDS if self._works else _PROBE_SECONDS
+    def _describe(self, channel: grpc.Channel, patience: float) -> pb.DescribeResponse:
+        timeout = patience if self._works else min(patience, _PROBE_SECONDS)
         stub = pb_grpc.DreamfeedServiceStub(channel)
         return stub.Describe(pb.DescribeRequest(), timeout=timeout, metadata=self._source.endpoint.metadata())
 

@@ -130,6 +130,8 @@ def _check_metadata(
 
 
 def _load(source: Path) -> object:
+    if source.exists() and not source.is_file():
+        raise ConvertError(f"{source} is no regular file (a folder, a pipe or a device); give a file")
     with source.open("rb"):
         pass  # "no such file" in the system's words
     if source.suffix == ".safetensors":

@@ -8,6 +8,7 @@ use serde_json::Value as Json;
 use toml::{Table, Value};
 
 use super::{OTHER_VARIABLES, ServeOptions};
+use crate::files;
 use crate::overlay::overlay;
 
 /// A setting's place, for example `["synthesis", "batch_size"]`.
@@ -56,7 +57,7 @@ fn keys() -> Vec<Key> {
 
 fn overlay_file(merged: &mut Table, path: &Path, keys: &[Key], problems: &mut Vec<String>) {
     let shown = path.display();
-    let text = match std::fs::read_to_string(path) {
+    let text = match files::open(path).and_then(std::io::read_to_string) {
         Ok(text) => text,
         Err(error) => return problems.push(format!("cannot read the configuration file {shown}: {error}")),
     };

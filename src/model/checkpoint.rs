@@ -15,6 +15,7 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use super::graph::RESERVED;
+use crate::files;
 
 /// What a header may cost before anything is made of it.
 #[derive(Clone, Copy, Debug)]
@@ -120,7 +121,7 @@ pub struct Checkpoint {
 impl Checkpoint {
     /// Reads and parses a file.
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
-        let bytes = std::fs::read(path).map_err(CheckpointError::Read)?;
+        let bytes = files::read(path).map_err(CheckpointError::Read)?;
         Self::parse(bytes.into()).map_err(|error| match error {
             CheckpointError::Format(problem) => CheckpointError::Format(format!(
                 "{problem} (convert PyTorch checkpoints with safetensors.torch.save_file)"

@@ -1,6 +1,7 @@
 //! Labelled pictures, from a file in CIFAR binary format or from a folder of images, and a network's accuracy on them.
 
 use std::fs;
+use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
 use image::DynamicImage;
@@ -8,6 +9,7 @@ use image::imageops::FilterType;
 use tch::{Device, Kind, Tensor};
 
 use super::source::Geometry;
+use crate::files;
 
 /// Extensions of the files in an image folder that are read; others are passed over.
 const EXTENSIONS: [&str; 3] = ["png", "jpg", "jpeg"];
@@ -118,7 +120,7 @@ impl Pictures {
     }
 
     fn from_cifar(path: &Path, geometry: Geometry) -> Result<Self, LabelledError> {
-        let bytes = fs::read(path).map_err(|cause| LabelledError::Read { path: path.to_owned(), cause })?;
+        let bytes = files::read(path).map_err(|cause| LabelledError::Read { path: path.to_owned(), cause })?;
         let record = 1 + geometry.pixels();
         if bytes.is_empty() || bytes.len() % record != 0 {
             return Err(LabelledError::Length { path: path.to_owned(), length: bytes.len(), record, geometry });
@@ -197,7 +199,8 @@ fn is_image(path: &Path) -> bool {
 /// One image file as u8 pixels `[C, H, W]`.
 fn decode(path: &Path, geometry: Geometry) -> Result<Vec<u8>, LabelledError> {
     let read = |cause| LabelledError::Read { path: path.to_owned(), cause };
-    let reader = image::ImageReader::open(path).and_then(|reader| reader.with_guessed_format()).map_err(read)?;
+    let file = BufReader::new(files::open(path).map_err(read)?);
+    let reader = image::ImageReader::new(file).with_guessed_format().map_err(read)?;
     let image =
         reader.decode().map_err(|error| LabelledError::Image { path: path.to_owned(), cause: error.to_string() })?;
     let (width, height) = (geometry.width as u32, geometry.height as u32);

@@ -78,11 +78,14 @@ impl Feed {
     pub fn connect(url: &str, patience: Duration, from: From) -> anyhow::Result<Self> {
         // One thread is enough to move bytes, and leaves the cores to training.
         let runtime = runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        let (client, description) = runtime.block_on(async {
-            let client = retry(patience, || Client::connect(url)).await?;
-            let description = retry(patience, || client.describe()).await?;
-            Ok::<_, ClientError>((client, description))
-        })?;
+        let (client, description) = match runtime.block_on(Client::connect_within(url, patience)) {
+            Ok(connected) => connected,
+            Err(error) => {
+                // Not waiting for a name that is still being looked up.
+                runtime.shutdown_background();
+                return Err(error.into());
+            }
+        };
         let stats = Arc::new(FeedStats::default());
         let (batch_sender, batches) = mpsc::channel(WAITING_BATCHES);
         let (snapshots, newest) = watch::channel(None);

@@ -1,7 +1,9 @@
-//! The files that users name: outputs that are whole or not there and never take the place of a device, a pipe or a link.
+//! The files that users name: outputs that are whole or not there and never take the place of a device, a pipe or a link;
+//! inputs that nobody waits for; and how long a daemon that says nothing is waited for.
 
 use std::fs;
 use std::io::Read;
+use std::net::TcpListener;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -210,5 +212,95 @@ async fn an_export_that_the_disk_refuses_leaves_no_half_of_a_file() {
         assert!(left.is_empty(), "{left:?}");
         let in_classes = names(&out).into_iter().flat_map(|class| names(&out.join(class)));
         assert_eq!(in_classes.collect::<Vec<_>>(), Vec::<String>::new());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_checkpoint_is_refused_by_name() {
+    let daemon = Daemon::start(&["--batch-size", "8", "--max-images", "16"]);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("state.safetensors");
+    let state = path.to_str().unwrap();
+    let run = || distill(&daemon, &["--checkpoint", state]);
+    assert!(run().status.success());
+    let good = fs::read(&path).unwrap();
+
+    let last = good.len() - 1;
+    for at in [last, last / 2] {
+        let mut spoiled = good.clone();
+        spoiled[at] ^= 1;
+        fs::write(&path, &spoiled).unwrap();
+        assert_fails(&run(), &["cannot resume from", state, "its checksum does not match"]);
+        assert!(fs::read(&path).unwrap() == spoiled, "it was replaced");
+    }
+    let exchanged = |file: &[u8], from: &str, to: &str| {
+        assert_eq!(from.len(), to.len(), "offsets stay");
+        let at = file.windows(from.len()).position(|part| part == from.as_bytes()).unwrap();
+        [&file[..at], to.as_bytes(), &file[at + from.len()..]].concat()
+    };
+    let step = "\"step\":\"2\"";
+    fs::write(&path, exchanged(&good, step, "\"step\":\"9\"")).unwrap();
+    assert_fails(&run(), &[state, "its checksum does not match"]);
+    // One of before, which has no checksum.
+    let old = exchanged(&good, "\"file_sha256\"", "\"file_000000\"");
+    fs::write(&path, exchanged(&old, step, "\"step\":\"?\"")).unwrap();
+    assert_fails(&run(), &[state, "its step is \"?\", which makes no sense"]);
+    fs::write(&path, good).unwrap();
+    assert!(run().status.success());
+
+    fs::copy(daemon.folder.path().join("teacher.safetensors"), &path).unwrap();
+    assert_fails(&run(), &[state, "it is not the checkpoint of a training"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_tool_waits_for_what_a_pipe_or_a_device_never_sends() {
+    let folder = tempfile::tempdir().unwrap();
+    let teacher = write_teacher(folder.path());
+    let data = folder.path().join("data.bin");
+    fs::write(&data, [0; 65]).unwrap();
+    let (pipe, refused) = (fifo(folder.path(), "pipe"), "it is a pipe; give a regular file");
+    let pictures = folder.path().join("pictures/ant");
+    fs::create_dir_all(&pictures).unwrap();
+    fifo(&pictures, "a.png");
+    let evaluate = |model: &Path, data: &Path| {
+        let mut command = dreamfeed(&["evaluate", "--device", "cpu", "--model"]);
+        command.arg(model).arg("--data").arg(data);
+        command
+    };
+    let serve = |flag: &str| serve_command(folder.path(), &[flag, pipe.to_str().unwrap()]);
+    for mut command in [
+        evaluate(&pipe, &data),
+        evaluate(&teacher, &pipe),
+        evaluate(&teacher, &folder.path().join("pictures")),
+        serve("--teacher"),
+        serve("--config"),
+    ] {
+        let output = ended(&mut command);
+        assert!(!output.status.success() && text(&output.stderr).contains(refused), "{}", text(&output.stderr));
+    }
+    assert_fails(&ended(&mut evaluate(Path::new("/dev/zero"), &data)), &["/dev/zero", "it is a device"]);
+    let daemon = Daemon::start(&["--batch-size", "8", "--max-images", "16"]);
+    assert_fails(&distill(&daemon, &["--checkpoint", pipe.to_str().unwrap()]), &["cannot resume from", refused]);
+}
+
+#[test]
+fn a_daemon_that_takes_connections_and_says_nothing_is_given_up() {
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = silent.local_addr().unwrap().to_string();
+    let folder = tempfile::tempdir().unwrap();
+    let teacher = write_teacher(folder.path());
+    let data = folder.path().join("data.bin");
+    fs::write(&data, [10; 65]).unwrap();
+    let (teacher, data) = (teacher.to_str().unwrap(), data.to_str().unwrap());
+    let out = folder.path().join("out");
+    for command in [
+        &["distill"][..],
+        &["prune", "--flops", "0.3", "--model", teacher],
+        &["continual", "--model", teacher, "--data", data, "--task", "10", "--out-dir", out.to_str().unwrap()],
+        &["synthesizer", "noise"],
+    ] {
+        let mut command = dreamfeed(command);
+        let output = ended(command.args(["--connect", &address, "--connect-timeout", "1s"]));
+        assert_fails(&output, &[&address, "did not answer within 1s"]);
     }
 }

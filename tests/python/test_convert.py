@@ -250,3 +250,10 @@ def test_the_command_line_fails_in_one_line(tmp_path: Path, capsys: pytest.Captu
         assert main([str(tmp_path / source), str(tmp_path / "out"), *common]) == 1
         error = capsys.readouterr().err
         assert error.startswith("error: ") and source in error
+
+
+def test_a_pipe_is_refused_and_nobody_waits_for_it(tmp_path: Path) -> None:
+    pipe = tmp_path / "model.pth"
+    os.mkfifo(pipe)
+    with pytest.raises(ConvertError, match="no regular file"):
+        convert(pipe, tmp_path / "out.safetensors", **KNOWN)

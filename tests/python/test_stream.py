@@ -1,6 +1,7 @@
 """`dreamfeed.DreamStream` on a real daemon: every image exactly once, whoever asks and whatever breaks."""
 
 import pickle
+import socket
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -234,6 +235,13 @@ def test_a_stream_outlives_a_restart_of_the_daemon(teacher_file: Path, tmp_path:
 def test_a_daemon_that_is_not_there_is_given_up(tmp_path: Path) -> None:
     with pytest.raises(dreamfeed.UnavailableError, match="dreamfeed serve"):
         next(iter(DreamStream(f"unix:{tmp_path}/nobody", give_up_after=0.0)))
+
+
+def test_a_daemon_that_takes_connections_and_says_nothing_is_given_up() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(dreamfeed.UnavailableError, match="does not answer"):
+            next(iter(DreamStream(address, give_up_after=1.5)))
 
 
 @pytest.mark.parametrize(

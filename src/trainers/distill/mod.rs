@@ -437,7 +437,7 @@ impl<'a> Training<'a> {
         let metadata = saved::metadata(network, &self.state, (self.elapsed(), self.waited), log_id, self.position);
         let mut more = self.sgd.state();
         more.extend(self.average.iter().flat_map(Average::state));
-        self.student.to_safetensors_with(&metadata, &more)
+        saved::sealed(self.student.to_safetensors_with(&metadata, &more))
     }
 
     fn finish(mut self, complete: bool) -> anyhow::Result<Summary> {
