@@ -53,10 +53,15 @@ $(VENV)/.stamp: requirements.txt
 	  "$$python" -m venv $(VENV); \
 	fi
 	@$(say) "setup: installing the packages of requirements.txt (PyTorch is large; minutes the first time)"
-	@$(PYTHON) -m pip install --disable-pip-version-check --no-input -r requirements.txt \
+	@$(PYTHON) -m pip install --disable-pip-version-check --no-input --require-hashes -r requirements.txt \
 	  | grep --line-buffered -Ev '^Requirement already satisfied' || [ "$${PIPESTATUS[0]}" = 0 ]
 	@ln -sfn "$$($(PYTHON) -c 'import os, importlib.util as u; print(os.path.relpath(os.path.dirname(u.find_spec("torch").origin), "$(VENV)"))')" $(VENV)/libtorch
 	@touch $@
+
+.PHONY: lock
+lock: $(VENV)/.stamp ## Make requirements.txt of requirements.in: every package that comes along, with hashes
+	@$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	  --custom-compile-command "make lock" -o requirements.txt requirements.in
 
 .PHONY: build
 build: $(VENV)/.stamp ## Build the daemon, target/release/dreamfeed
@@ -80,11 +85,33 @@ test: build ## Run all tests: Rust, and the contract from Python
 	@$(say) "test: Python"
 	@$(PYTHON) -m pytest -q tests/python
 
+# Every room is looked at; what kills processes a hundred times, fills logs, trains or starts Python's processes is not.
+FAST_RUST := delivery:: identity:: lifecycle:: limits:: log_cli:: objective_golden:: pruning:: pushing:: subscriptions::
+FAST_PYTHON := breaking client contract convert export files golden stream
+
+.PHONY: test-fast
+test-fast: build ## Run what takes under two minutes of the tests, for those who wait for it
+	@$(say) "test-fast: Rust"
+	@cargo test --release --lib
+	@cargo test --release --test it -- $(FAST_RUST)
+	@$(say) "test-fast: Python"
+	@$(PYTHON) -m pytest -q $(FAST_PYTHON:%=tests/python/test_%.py)
+
+# Not a part of lint, because compiling it takes minutes. Advisories, whose database is fetched, come in with `make deny DENY=`.
+CARGO_DENY := cargo-deny@0.20.2
+DENY ?= licenses bans sources
+
+.PHONY: deny
+deny: ## Check licences, bans and sources of the crates (deny.toml); installs cargo-deny, which takes minutes the first time
+	@command -v cargo-deny >/dev/null || cargo install --locked $(CARGO_DENY)
+	@cargo deny check $(DENY)
+
 .PHONY: lint
-lint: $(VENV)/.stamp ## Check formats and lints: rustfmt, clippy, ruff, buf
+lint: $(VENV)/.stamp ## Check formats, lints, types and documentation: rustfmt, clippy, rustdoc, ruff, buf
 	@$(say) "lint: Rust"
 	@cargo fmt --check
 	@cargo clippy --all-targets --release -- -D warnings
+	@RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps --release --lib
 	@$(say) "lint: Python"
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .

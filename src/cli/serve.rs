@@ -20,6 +20,8 @@ use crate::{server, telemetry};
 /// max_pushes, max_fetches, kept_versions, idle_timeout and push_timeout under [students]. Of --max-request-bytes and its
 /// like the keys under [limits] have no max in front: request_bytes, message_bytes, connections, admin_connections,
 /// streams_per_connection, header_timeout and call_timeout.
+// What is in brackets are sections of the file, and this is what --help prints.
+#[allow(rustdoc::broken_intra_doc_links)]
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Read settings from this TOML file.

@@ -105,7 +105,7 @@ impl Delivery {
     }
 
     /// `count` images of the log, drawn uniformly, to be optimized further. None where it has none, or where the storage
-    /// does not answer: the first error, or a read that takes longer than [`RECALL_PATIENCE`], ends it.
+    /// does not answer: the first error, or a read that takes longer than `RECALL_PATIENCE`, ends it.
     pub async fn recall(&self, count: usize) -> Option<Recalled> {
         let mut random = ChaCha8Rng::seed_from_u64(rand::random());
         self.uniform.follow(&self.log).await;

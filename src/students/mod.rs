@@ -1,7 +1,7 @@
 //! Versions of the student: checked in full before anything changes, then published to whoever watches.
 //!
 //! Nothing here knows of a device or of the wire. [`StudentStore::slot`] and [`Slot::begin`] open a [`Push`], which takes bytes as they
-//! come; [`Push::finish`] checks them and commits. Where versions live is the business of [`versions`] alone.
+//! come; [`Push::finish`] checks them and commits. Where versions live is the business of `versions` alone.
 
 mod candidate;
 mod error;
