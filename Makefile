@@ -107,7 +107,7 @@ deny: ## Check licences, bans and sources of the crates (deny.toml); installs ca
 	@cargo deny check $(DENY)
 
 .PHONY: lint
-lint: $(VENV)/.stamp ## Check formats, lints, types and documentation: rustfmt, clippy, rustdoc, ruff, buf
+lint: $(VENV)/.stamp ## Check formats, lints, types and documentation: rustfmt, clippy, rustdoc, ruff, mypy, buf
 	@$(say) "lint: Rust"
 	@cargo fmt --check
 	@cargo clippy --all-targets --release -- -D warnings
@@ -115,6 +115,7 @@ lint: $(VENV)/.stamp ## Check formats, lints, types and documentation: rustfmt, 
 	@$(say) "lint: Python"
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
 	@$(say) "lint: proto, and that it breaks no client of $(CONTRACT)"
 	@$(VENV)/bin/buf lint
 	@$(VENV)/bin/buf breaking --against $(CONTRACT)

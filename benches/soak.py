@@ -1,7 +1,7 @@
 """Ten minutes of everything that clients and operators do to a daemon at once, and whether it stays the size it was.
 
 200 readers of odd policies, slow ones and vanishing ones among them; pushes that are good, that explode, that are too
-large and that are nonsense; connections that say nothing; a store that is deleted and comes back; a drain and a kill -9,
+large, nonsense; connections that say nothing; a store that is deleted and comes back; a drain and a kill -9,
 each followed by a start on that store. Memory, descriptors and threads are sampled every second. Exits with 1 where the
 daemon panicked, lost an image, or grew.
 """

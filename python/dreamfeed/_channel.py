@@ -1,7 +1,6 @@
 """Where the daemon is, and how to open a channel to it: address, TLS, token."""
 
 import ipaddress
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import grpc
 from dreamfeed import _fork
 
 DEFAULT_PORT = 7461
-Metadata = Sequence[tuple[str, str]]
+Metadata = tuple[tuple[str, str | bytes], ...]
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ class Endpoint:
         return channel
 
     def metadata(self) -> Metadata:
-        return [("authorization", f"Bearer {self.token}")] if self.token else []
+        return (("authorization", f"Bearer {self.token}"),) if self.token else ()
 
 
 def _with_port(address: str, target: str) -> str:

@@ -117,4 +117,4 @@ def _watched(following: Callable[[Any], Any]) -> Callable[[Any], Any]:
 # thread or in another worker's turn. The stream itself lives in the workers, which end with the epoch, and torch has
 # no hook there.
 _iterator = dataloader._BaseDataLoaderIter
-_iterator.__next__ = _watched(_iterator.__next__)  # type: ignore[method-assign]
+_iterator.__next__ = _watched(_iterator.__next__)  # type: ignore[method-assign, assignment]

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Any
 
 import grpc
 
@@ -263,7 +264,7 @@ class Reader:
             elif self._position == "earliest" and self._origin.after.sequence is None:
                 self._begin(Place(self._position, described.log.first_sequence))
             # As the generated stub does, but the bytes are decoded here.
-            call = channel.unary_stream(
+            call: Any = channel.unary_stream(
                 _STREAM_PATH,
                 request_serializer=pb.StreamRequest.SerializeToString,
                 response_deserializer=None,
@@ -282,7 +283,11 @@ class Reader:
     def _describe(self, channel: grpc.Channel, patience: float) -> pb.DescribeResponse:
         timeout = patience if self._works else min(patience, _PROBE_SECONDS)
         stub = pb_grpc.DreamfeedServiceStub(channel)
-        return stub.Describe(pb.DescribeRequest(), timeout=timeout, metadata=self._source.endpoint.metadata())
+        metadata = self._source.endpoint.metadata()
+        described: pb.DescribeResponse = stub.Describe(
+            pb.DescribeRequest(), timeout=timeout, metadata=metadata
+        )
+        return described
 
     def _prove(self) -> None:
         """gRPC has answered."""

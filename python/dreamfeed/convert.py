@@ -161,7 +161,7 @@ _TORCHSCRIPT = (
 def _inert() -> Iterator[Any]:
     """Types that hold values and run nothing when they are read."""
     yield from (argparse.Namespace, pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath)
-    multiarray = np._core.multiarray
+    multiarray = np._core.multiarray  # type: ignore[attr-defined]
     yield from (multiarray.scalar, multiarray._reconstruct, np.ndarray, np.dtype)
     # As older versions of numpy wrote them.
     yield from ((multiarray.scalar, "numpy.core.multiarray.scalar"),)

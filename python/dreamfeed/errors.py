@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import grpc
 
@@ -154,7 +155,8 @@ def translate(error: grpc.RpcError, action: str, address: str) -> DreamfeedError
     elif code in _HINTS:
         text = f"{text} {_HINTS[code]}"
     if code in ("OUT_OF_RANGE", "DATA_LOSS"):
-        trailers = dict(error.trailing_metadata() or ())
+        pairs: Any = error.trailing_metadata()  # as its stubs do not say
+        trailers = dict(pairs or ())
         digits = str(trailers.get(NEXT_SEQUENCE, ""))
         following = int(digits) if digits.isdecimal() else None
         if following is not None:

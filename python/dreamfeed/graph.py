@@ -218,9 +218,10 @@ ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
 
 def _reduce(x: Tensor, kind: str, dims: list[int], keepdim: bool) -> Tensor:
     if kind == "norm":
-        return torch.linalg.vector_norm(x, 2, dims, keepdim)
-    of: Callable[..., Tensor] = {"mean": torch.mean, "sum": torch.sum, "max": torch.amax}[kind]
-    return of(x, dims, keepdim)
+        norm: Tensor = torch.linalg.vector_norm(x, 2, dims, keepdim)
+        return norm
+    reductions: dict[str, Callable[..., Tensor]] = {"mean": torch.mean, "sum": torch.sum, "max": torch.amax}
+    return reductions[kind](x, dims, keepdim)
 
 
 def _attention(
@@ -315,7 +316,7 @@ def _avg_pool2d(
 
 
 def _adaptive_avg_pool2d(x: Tensor, size: list[int]) -> Tensor:
-    return F.adaptive_avg_pool2d(x, size)
+    return F.adaptive_avg_pool2d(x, size)  # type: ignore[arg-type]  # a list will do
 
 
 def _upsample(x: Tensor, kind: str, size: list[int]) -> Tensor:

@@ -186,8 +186,8 @@ def _extent(size: Any) -> Extent:
 
 
 def _pair(values: Any) -> list[int]:
-    values = [values] if isinstance(values, int) else list(values)
-    return values * 2 if len(values) == 1 else values
+    pair: list[int] = [values] if isinstance(values, int) else list(values)
+    return pair * 2 if len(pair) == 1 else pair
 
 
 _UNCHANGED = {
@@ -268,7 +268,7 @@ class _Exporter:
                 f"the module gives {len(specs)} outputs, and a classifier gives one, its logits; wrap it in a "
                 "module that gives only these"
             )
-        result = next(arg for arg in node.args[0] if arg.name == specs[0].name)  # type: ignore[union-attr]
+        result: Any = next(arg for arg in node.args[0] if arg.name == specs[0].name)  # type: ignore[union-attr]
         value = self.known[result]
         shape = [_extent(size) for size in result.meta["val"].shape]
         if not isinstance(value, _Value) or len(shape) != 2 or shape[0] != {"batch": 1}:
@@ -300,7 +300,7 @@ class _Exporter:
             if getattr(target, "__name__", "") == "getitem":
                 return self.known[node.args[0]][node.args[1]]  # type: ignore[index]
             return _SYMBOL  # arithmetic of sizes
-        value = node.meta.get("val")
+        value: Any = node.meta.get("val")
         name = target._schema.name.partition("::")[2]
         if name.startswith("_assert") or name == "sym_constrain_range_for_size":
             return None
@@ -442,7 +442,7 @@ class _Exporter:
 
     def _translate(self, node: fx.Node, name: str) -> Any:
         a = self._arguments(node)
-        first = next(iter(a.values()), None)
+        first: Any = next(iter(a.values()), None)
         value = node.meta["val"]
         outputs = value if isinstance(value, (list, tuple)) else [value]
         shapes = [[_extent(size) for size in v.shape] for v in outputs if isinstance(v, Tensor)]
@@ -469,7 +469,7 @@ class _Exporter:
         if name in _RESHAPES:
             return self.known[first] if before == shape else emit("reshape", first, shape=shape)
         if name in ("permute", "transpose", "t", "swapaxes"):
-            dims = list(range(rank))
+            dims: Any = list(range(rank))
             if name == "permute":
                 dims = [dim % rank for dim in a["dims"]]
             elif rank == 2 and name == "t":
@@ -507,9 +507,9 @@ class _Exporter:
                 raise GraphError("it splits the batch, and every image has its own logits")
             for each in shapes:
                 length = 1 if name == "unbind" else each[dim]
-                part = emit("slice", first, dim=dim, start=start, end=start + length, step=1)  # type: ignore[operator]
+                part = emit("slice", first, dim=dim, start=start, end=start + length, step=1)
                 parts.append(emit("reshape", part, shape=each) if name == "unbind" else part)
-                start += length  # type: ignore[operator]
+                start += length
             return parts
         if name in ("cat", "stack"):
             items = list(a["tensors"])

@@ -282,7 +282,7 @@ class DreamStream(IterableDataset[Batch]):
 
         Of plain strings and numbers: for torch.save, or JSON.
         """
-        iteration = self._iteration and self._iteration()
+        iteration = self._iteration() if self._iteration is not None else None
         if iteration is not None:
             iteration.settle()
         if self._board.is_blind:
@@ -298,7 +298,7 @@ class DreamStream(IterableDataset[Batch]):
         Raises:
             ValueError: this is no state of a DreamStream, or the stream is being read.
         """
-        iteration = self._iteration and self._iteration()
+        iteration = self._iteration() if self._iteration is not None else None
         if iteration is not None and iteration.is_open:
             raise ValueError(
                 "this stream is already being read, and goes on where it is: load its position before iter(loader), or "
