@@ -54,7 +54,7 @@ $(VENV)/.stamp: requirements.txt
 	fi
 	@$(say) "setup: installing the packages of requirements.txt (PyTorch is large; minutes the first time)"
 	@$(PYTHON) -m pip install --disable-pip-version-check --no-input --require-hashes -r requirements.txt \
-	  | grep --line-buffered -Ev '^Requirement already satisfied' || [ "$${PIPESTATUS[0]}" = 0 ]
+	  | grep --line-buffered -Ev '^(Requirement already satisfied|Ignoring )' || [ "$${PIPESTATUS[0]}" = 0 ]
 	@ln -sfn "$$($(PYTHON) -c 'import os, importlib.util as u; print(os.path.relpath(os.path.dirname(u.find_spec("torch").origin), "$(VENV)"))')" $(VENV)/libtorch
 	@touch $@
 

@@ -35,7 +35,7 @@ MEAN, STD, SIZE = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (32, 32)
 
 @contextlib.contextmanager
 def daemon(folder: Path, images: int):
-    """A daemon whose log holds so many `images`: its address."""
+    """A daemon whose log holds this many `images`: its address."""
     torch.manual_seed(0)
     teacher = cifar_resnet.ResNet("resnet20", 3, CLASSES)
     cifar_resnet.save(teacher, folder / "teacher.safetensors", mean=MEAN, std=STD, image_size=SIZE)

@@ -31,7 +31,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// The address is no URL.
+    /// The address is not a URL.
     #[error("{url:?} is not the address of a daemon: {cause}; give for example http://127.0.0.1:7461")]
     Address {
         /// What was given.

@@ -134,7 +134,7 @@ pub struct LogOptions {
     /// [default: no bound].
     #[arg(id = "log_max_age", long = "log-max-age", value_name = "DURATION")]
     pub max_age: Option<Span>,
-    /// Never evict the first this many images of the log, rounded up to whole chunks: a seed set for replay. Give
+    /// Never evict this many images at the start of the log, rounded up to whole chunks: a seed set for replay. Give
     /// every daemon of one store the same number, at every start: one that runs without it evicts the set
     /// [default: 0].
     #[arg(id = "log_seed_images", long = "log-seed-images", value_name = "N")]

@@ -37,7 +37,7 @@ pub use recall::Recall;
 pub use status::{EngineState, EngineStatus};
 use world::{Handed, World};
 
-/// This many runs in a row that give no batch although no student takes part are no accident; the engine gives up rather
+/// This many runs in a row that give no batch although no student takes part do not happen by accident; the engine gives up rather
 /// than spin.
 const MAX_FAILURES: u32 = 10;
 
@@ -76,7 +76,7 @@ pub struct EngineOptions {
     pub settings: Settings,
     /// Decides what is made.
     pub seed: u64,
-    /// Stop synthesizing after so many images; the last batch may be cut short.
+    /// Stop synthesizing after this many images; the last batch may be cut short.
     pub max_images: Option<u64>,
 }
 

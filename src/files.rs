@@ -100,7 +100,7 @@ pub fn check_writable(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Removes an output of [`write_whole`]; what is no regular file stays.
+/// Removes an output of [`write_whole`]; what is not a regular file stays.
 pub fn remove(path: &Path) -> io::Result<()> {
     match place(path)? {
         Place::Renamed { target, .. } => fs::remove_file(target),

@@ -10,7 +10,7 @@ use crate::storage::{Created, Storage, StorageError, blocking};
 use crate::store::{GENERATORS, Object};
 use crate::telemetry;
 
-/// So many stay: the newest, and one more should it be damaged.
+/// This many stay: the newest, and one more should it be damaged.
 const KEPT: u64 = 2;
 
 fn name(number: u64) -> String {

@@ -33,7 +33,7 @@ pub(crate) const FOLDERS: [&str; 7] = ["", "log/", CHUNKS, QUARANTINE, EVICTED, 
 const PROBE: &str = "log/probe-";
 const SUFFIX: &str = ".safetensors";
 
-/// No sequence is so large: the contract's `sequence` is an i64, and nothing that counts on from a chunk may overflow.
+/// No sequence reaches this: the contract's `sequence` is an i64, and nothing that counts on from a chunk may overflow.
 pub(crate) const SEQUENCES: u64 = i64::MAX as u64;
 
 /// What an object is, by its name.

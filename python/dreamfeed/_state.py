@@ -30,7 +30,7 @@ class State:
     tensors: dict[str, Tensor]
     #: What was taken off names, in the order in which it was found.
     stripped: tuple[str, ...]
-    #: Names that are no weights, for example the counter of AveragedModel.
+    #: Names of what are not weights, for example the counter of AveragedModel.
     left_out: tuple[str, ...]
 
 

@@ -63,7 +63,7 @@ class TrainingCheckpoint:
         if not self.path.exists():
             return 0
         if not self.path.is_file():
-            raise ValueError(f"{self.path} is no file (a folder, a pipe or a device); give another path")
+            raise ValueError(f"{self.path} is not a regular file (but a folder, a pipe or a device); give another path")
         try:
             saved = torch.load(self.path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -73,7 +73,7 @@ class TrainingCheckpoint:
             ) from error
         if not isinstance(saved, dict) or saved.get("dreamfeed_training") not in (1, _FORMAT):
             raise ValueError(
-                f"{self.path} is no checkpoint that this version of TrainingCheckpoint wrote; give another path"
+                f"{self.path} is not a checkpoint that this version of TrainingCheckpoint wrote; give another path"
             )
         step, parts = saved.get("step"), saved.get("parts")
         whole = saved["dreamfeed_training"] == 1 or saved.get("sha256") == _checksum(step, parts)
@@ -83,7 +83,7 @@ class TrainingCheckpoint:
             )
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise ValueError(
-                f"{self.path} says step {step!r}, which is none; remove it, or give another path"
+                f"{self.path} says step {step!r}, which makes no sense; remove it, or give another path"
             )
         if parts.keys() != self._parts.keys():
             raise ValueError(

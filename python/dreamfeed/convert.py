@@ -131,7 +131,7 @@ def _check_metadata(
 
 def _load(source: Path) -> object:
     if source.exists() and not source.is_file():
-        raise ConvertError(f"{source} is no regular file (a folder, a pipe or a device); give a file")
+        raise ConvertError(f"{source} is not a regular file (but a folder, a pipe or a device); give a file")
     with source.open("rb"):
         pass  # "no such file" in the system's words
     if source.suffix == ".safetensors":
@@ -146,7 +146,7 @@ def _load(source: Path) -> object:
             return torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ConvertError(f"{source} {_refused(error)}") from error
-    except Exception as error:  # the unpickler meets what is no pickle with whatever it stumbles over
+    except Exception as error:  # the unpickler meets what is not a pickle with whatever it stumbles over
         if "TorchScript" in str(error):
             raise ConvertError(f"{source} {_TORCHSCRIPT}") from error
         raise ConvertError(f"{source} is not a file of torch.save: {error}") from error

@@ -29,7 +29,7 @@ Extent = int | dict[str, int]
 
 
 class GraphError(ValueError):
-    """A file or a module that is no network of the format; the message says what would be right."""
+    """A file or a module that is not a network of the format; the message says what would be right."""
 
 
 @dataclass
@@ -120,7 +120,7 @@ class Graph:
             ):
                 raise GraphError(f"node {index} ({node.op}): its inputs must be values made before it")
         if type(self.output) is not int or not 0 < self.output <= len(self.nodes):
-            raise GraphError(f"output: {self.output!r} is no value of the graph")
+            raise GraphError(f"output: {self.output!r} is not a value of the graph")
 
     def taps(self) -> list[int]:
         """The nodes that are batch norms, in order."""
@@ -141,7 +141,7 @@ def canonical(value: Any) -> str:
 def number(value: float) -> str:
     """A float as ECMAScript spells it."""
     if not math.isfinite(value):
-        raise GraphError(f"{value} is no JSON number")
+        raise GraphError(f"{value} is not a JSON number")
     if value == 0:
         return "0"
     sign = "-" if value < 0 else ""
@@ -380,7 +380,7 @@ def _check_call(index: int, node: Node) -> None:
     for name in node.tensors.values():
         if not isinstance(name, str) or len(name) > MAX_NAME or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", name):
             raise GraphError(
-                f"{where}: {name!r:.80} is no name of a tensor; letters, digits, _ and - with dots between are"
+                f"{where}: {name!r:.80} is not the name of a tensor; letters, digits, _ and - with dots between are"
             )
     inputs = len(node.inputs)
     if node.op == "batch_norm":
@@ -479,7 +479,7 @@ def load_network(path: Path | str) -> fx.GraphModule:
             graph = Graph.decode(text)
             tensors = {name: file.get_tensor(name) for name in file.keys() if not name.startswith(RESERVED)}  # noqa: SIM118
     except SafetensorError as error:
-        raise GraphError(f"{path} is no safetensors file ({error})") from error
+        raise GraphError(f"{path} is not a safetensors file ({error})") from error
     except GraphError as error:
         raise GraphError(f"{path}: {error}") from error
     return build(graph, tensors).eval()

@@ -181,7 +181,7 @@ def _extent(size: Any) -> Extent:
         return int(expression)
     factor = expression / next(iter(symbols))
     if not factor.is_Integer:
-        raise GraphError(f"a size of {expression} is no multiple of the batch size")
+        raise GraphError(f"a size of {expression} is not a multiple of the batch size")
     return {"batch": int(factor)}
 
 
@@ -383,7 +383,7 @@ class _Exporter:
             raise GraphError(
                 "it reads a view of a tensor that was written in place after the view was taken; write a copy"
             )
-        raise GraphError("it takes something that is no tensor")
+        raise GraphError("it takes something that is not a tensor")
 
     def _name(self, constant: _Constant) -> str:
         tensor = constant.tensor

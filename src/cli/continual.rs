@@ -50,7 +50,7 @@ pub struct Args {
     /// Dreams in a training step beside them.
     #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(2..=65536))]
     dream_batch_size: u32,
-    /// Begin once so many dreams are there.
+    /// Begin once this many dreams are there.
     #[arg(long, default_value_t = 1024)]
     min_images: usize,
     /// Dreams kept to be drawn again; the oldest make room.
@@ -77,7 +77,7 @@ pub struct Args {
     /// Changes to images before each step: none, or a list of shift:N and flip.
     #[arg(long, default_value = "shift:4,flip")]
     augment: Augmentation,
-    /// Push the network every so many steps.
+    /// Steps between two pushes of the network.
     #[arg(long, default_value_t = 50)]
     push_every: u64,
     /// Labelled pictures of old and new classes to measure accuracy on, named as in --data. Never trained on.

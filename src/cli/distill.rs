@@ -28,16 +28,16 @@ pub struct Args {
     /// Start from the newest student that the daemon holds, where it holds one.
     #[arg(long)]
     fetch: bool,
-    /// Train so many steps [default: 2000].
+    /// Train this many steps [default: 2000].
     #[arg(long, conflicts_with = "duration")]
     steps: Option<NonZeroU64>,
-    /// Train so long, for example 30m.
+    /// Train for this long, for example 30m.
     #[arg(long, value_parser = humantime::parse_duration)]
     duration: Option<Duration>,
-    /// Make at most so many steps for each batch received, then wait for the next; default: never wait.
+    /// Make at most this many steps for each batch received, then wait for the next; default: never wait.
     #[arg(long, value_name = "N")]
     steps_per_batch: Option<NonZeroU64>,
-    /// Begin once so many images are there.
+    /// Begin once this many images are there.
     #[arg(long, default_value_t = 128)]
     min_images: usize,
     /// Images in a training step.
@@ -82,17 +82,17 @@ pub struct Args {
     /// Images kept to be drawn again; the oldest make room.
     #[arg(long, default_value_t = 50_000)]
     buffer_images: usize,
-    /// Push the student every so many steps.
+    /// Steps between two pushes of the student.
     #[arg(long, default_value_t = 50)]
     push_every: u64,
     /// Labelled pictures to measure accuracy on, in CIFAR binary format or in a folder with a subfolder for each class. Never
     /// trained on.
     #[arg(long, value_name = "PATH")]
     test_data: Option<PathBuf>,
-    /// Measure every so many steps; 0: only at the end.
+    /// Steps between two measurements; 0: measure only at the end.
     #[arg(long, default_value_t = 500)]
     eval_every: u64,
-    /// Measure after so much time, too, for example 5m,10m.
+    /// Measure after each of these times, too, for example 5m,10m.
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = humantime::parse_duration)]
     eval_at: Vec<Duration>,
     /// Where to write the trained student, a safetensors file.
@@ -101,7 +101,7 @@ pub struct Args {
     /// Where to keep the training's state (weights, momentum, step); a training that finds it there resumes from it.
     #[arg(long, value_name = "FILE")]
     checkpoint: Option<PathBuf>,
-    /// Write the state every so many steps, and at the end.
+    /// Steps between two checkpoints; one is written at the end, too.
     #[arg(long, default_value_t = 500)]
     checkpoint_every: u64,
     /// Where to write the summary, JSON.

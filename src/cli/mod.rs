@@ -67,7 +67,7 @@ pub fn run() -> anyhow::Result<()> {
     }
 }
 
-/// Prints to standard output. Whoever closed it (`| head`) has read enough, and that is no error.
+/// Prints to standard output. Whoever closed it (`| head`) has read enough, which is not an error.
 fn print(text: &str) -> io::Result<()> {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {

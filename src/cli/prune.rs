@@ -36,7 +36,7 @@ pub struct Args {
     /// How much the measured time of a filter counts beside its importance; 0: not at all.
     #[arg(long, default_value_t = 0.0)]
     latency_weight: f64,
-    /// Remove in so many rounds.
+    /// Remove in this many rounds.
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     rounds: u32,
     /// Training steps before each round, whose gradients decide what goes.
@@ -48,7 +48,7 @@ pub struct Args {
     /// Images in a training step.
     #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(2..=65536))]
     batch_size: u32,
-    /// Begin once so many images are there.
+    /// Begin once this many images are there.
     #[arg(long, default_value_t = 512)]
     min_images: usize,
     /// Images kept to be drawn again; the oldest make room.
@@ -69,7 +69,7 @@ pub struct Args {
     /// Changes to images before each step: none, or a list of shift:N and flip.
     #[arg(long, default_value = "shift:2,flip")]
     augment: Augmentation,
-    /// Push the shrinking network every so many steps.
+    /// Steps between two pushes of the shrinking network.
     #[arg(long, default_value_t = 30)]
     push_every: u64,
     /// Labelled pictures to measure accuracy on, in CIFAR binary format or in a folder with a subfolder for each class. Never

@@ -124,7 +124,7 @@ fn overlay_environment(
             problems.push(format!("{name}: its value is not UTF-8"));
             continue;
         };
-        // The environment knows only text: what is no string may be a TOML literal, or a list without its brackets.
+        // The environment knows only text: what is not a string may be a TOML literal, or a list without its brackets.
         let literal =
             |text: &str| format!("x = {text}").parse::<Table>().ok().and_then(|mut table| table.remove("x"));
         let mut readings = vec![Value::String(text.clone())];

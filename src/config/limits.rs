@@ -99,7 +99,7 @@ impl LimitOptions {
 }
 
 impl Limits {
-    /// The limits of a process that may open so many files: the storage and the admin port keep theirs.
+    /// The limits of a process that may open this many files: the storage and the admin port keep theirs.
     pub fn within(self, descriptors: u64) -> Self {
         let kept = KEPT_DESCRIPTORS + self.admin_connections as u64;
         let left = usize::try_from(descriptors.saturating_sub(kept)).unwrap_or(usize::MAX).max(1);

@@ -133,7 +133,7 @@ impl Layout {
         self.columns.images.end
     }
 
-    /// Whether it is the one for so many images.
+    /// Whether it is the one for this many images.
     pub fn fits(&self, count: usize, fresh: usize) -> bool {
         (self.count, self.fresh) == (count, fresh)
     }

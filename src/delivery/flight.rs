@@ -25,7 +25,7 @@ pub struct Flight {
     bytes: AtomicU64,
 }
 
-/// There was no room for a message of so many bytes.
+/// There was no room for a message of this many bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NoRoom {
     /// The message's.
@@ -35,7 +35,7 @@ pub struct NoRoom {
 }
 
 impl Flight {
-    /// At most `capacity` bytes for so many messages at one time.
+    /// At most `capacity` bytes at one time, shared by up to this many `messages`.
     pub fn new(capacity: u64, messages: usize) -> Arc<Self> {
         let share = capacity / 4 / messages.max(1) as u64;
         let rest_units = u32::try_from((capacity - capacity / 4) / UNIT).unwrap_or(u32::MAX);

@@ -287,7 +287,7 @@ impl Subscription {
         }
     }
 
-    /// Moves on through the log until so many wanted images are found or it ends. Without a batch size: until a chunk has
+    /// Moves on through the log until it has `wanted` images or the log ends. Without a batch size: until a chunk has
     /// any, and then all of that chunk.
     async fn find_fresh(&mut self, wanted: usize) -> Result<(), End> {
         while self.picked.len() < wanted {

@@ -44,7 +44,7 @@ pub(super) struct World {
     pub recall: Recall,
     pub adopted: Option<Adopted>,
     /// The version that was looked at last: adopted, or set aside, or impossible to adopt. Compared with what the channel
-    /// holds rather than asking it for a change, since a channel's first value is no change.
+    /// holds rather than asking it for a change, since a channel's first value does not count as a change.
     pub considered: u64,
     /// A student was set aside, and no run has given a batch since: the next one's turn comes when one has. Otherwise
     /// students that fail and come all the time would leave no run without one, and nobody would ever see an image, or that

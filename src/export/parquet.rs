@@ -27,7 +27,7 @@ const SCHEMA: &str = "message dreams {
   optional int64 student_version;
   optional float competition;
 }";
-/// A row group is written when it has so many images, or bytes.
+/// A row group is written when it has this many images, or bytes.
 const GROUP_IMAGES: usize = 1024;
 const GROUP_BYTES: usize = 32 << 20;
 

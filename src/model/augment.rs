@@ -128,7 +128,7 @@ mod tests {
             let found = (0..5)
                 .flat_map(|y| (0..5).map(move |x| (y, x)))
                 .any(|(y, x)| padded.get(n).narrow(1, y, 5).narrow(2, x, 6) == shifted.get(n));
-            assert!(found, "image {n} is no shift of itself");
+            assert!(found, "image {n} is not a shift of itself");
         }
     }
 

@@ -12,7 +12,7 @@ use super::spec::{NetworkSpec, Shortcut};
 /// Where channels are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Place {
-    /// The stream of a stage; 0 begins with the stem, and each block with a shortcut that is no identity begins the next.
+    /// The stream of a stage; 0 begins with the stem, and each block with a shortcut other than the identity begins the next.
     Stream(usize),
     /// Between the two convolutions of a block.
     Inner(usize),
@@ -23,12 +23,12 @@ pub type Channel = (Place, usize);
 
 /// Channels that can only be removed together.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Unit {
+pub struct Group {
     /// One or two lanes; each lane is one channel wherever it goes.
     pub lanes: Vec<Vec<Channel>>,
 }
 
-impl Unit {
+impl Group {
     /// Every channel of it.
     pub fn channels(&self) -> impl Iterator<Item = Channel> {
         self.lanes.iter().flatten().copied()
@@ -61,11 +61,11 @@ pub fn batch_norms(spec: &NetworkSpec) -> Vec<(String, Place)> {
 }
 
 /// Everything that can be removed on its own.
-pub fn units(spec: &NetworkSpec) -> Vec<Unit> {
+pub fn groups(spec: &NetworkSpec) -> Vec<Group> {
     let inner = spec.blocks.iter().enumerate().flat_map(|(index, block)| {
-        (0..block.mid_width).map(move |channel| Unit { lanes: vec![vec![(Place::Inner(index), channel)]] })
+        (0..block.mid_width).map(move |channel| Group { lanes: vec![vec![(Place::Inner(index), channel)]] })
     });
-    let mut units: Vec<Unit> = inner.collect();
+    let mut groups: Vec<Group> = inner.collect();
     // The lanes that run through the present stage, by channel: indices into `lanes`.
     let mut lanes: Vec<Vec<Channel>> = (0..spec.stem_width).map(|c| vec![(Place::Stream(0), c)]).collect();
     let mut together: Vec<Vec<usize>> = (0..spec.stem_width).map(|lane| vec![lane]).collect();
@@ -95,15 +95,15 @@ pub fn units(spec: &NetworkSpec) -> Vec<Unit> {
             }
         }
     }
-    units.extend(
-        together
-            .into_iter()
-            .map(|group| Unit { lanes: group.into_iter().filter_map(|lane| lanes.get(lane).cloned()).collect() }),
+    groups.extend(
+        together.into_iter().map(|together| Group {
+            lanes: together.into_iter().filter_map(|lane| lanes.get(lane).cloned()).collect(),
+        }),
     );
-    units
+    groups
 }
 
-/// The network without these channels, which are whole units; and, for each tensor by name, which rows (outputs) and
+/// The network without these channels, which are whole groups; and, for each tensor by name, which rows (outputs) and
 /// columns (inputs) stay; None = all.
 pub fn without(spec: &NetworkSpec, removed: &BTreeSet<Channel>) -> (NetworkSpec, Vec<(String, Kept)>) {
     let stay = |place: Place, width: usize| -> Vec<i64> {
@@ -156,15 +156,15 @@ pub struct Kept {
 mod tests {
     use super::*;
 
-    fn remove(spec: &NetworkSpec, units: &[Unit]) -> NetworkSpec {
-        without(spec, &units.iter().flat_map(Unit::channels).collect()).0
+    fn remove(spec: &NetworkSpec, groups: &[Group]) -> NetworkSpec {
+        without(spec, &groups.iter().flat_map(Group::channels).collect()).0
     }
 
     #[test]
     fn every_channel_is_in_exactly_one_unit() {
         for arch in ["resnet20", "resnet20-projection", "resnet18"] {
             let spec = NetworkSpec::fresh(arch, 3, 10).unwrap();
-            let mut seen: Vec<Channel> = units(&spec).iter().flat_map(Unit::channels).collect();
+            let mut seen: Vec<Channel> = groups(&spec).iter().flat_map(Group::channels).collect();
             let all = seen.len();
             seen.sort_unstable();
             seen.dedup();
@@ -179,11 +179,11 @@ mod tests {
     #[test]
     fn padded_channels_stay_in_the_middle() {
         let spec = NetworkSpec::fresh("resnet20", 3, 10).unwrap();
-        let all = units(&spec);
-        // Any units, in any number: what a later stage adds is split in halves, the larger one behind.
+        let all = groups(&spec);
+        // Any groups, in any number: what a later stage adds is split in halves, the larger one behind.
         for skip in [2, 3, 5] {
-            let removed: Vec<Unit> = all.iter().step_by(skip).cloned().collect();
-            let channels: BTreeSet<Channel> = removed.iter().flat_map(Unit::channels).collect();
+            let removed: Vec<Group> = all.iter().step_by(skip).cloned().collect();
+            let channels: BTreeSet<Channel> = removed.iter().flat_map(Group::channels).collect();
             let smaller = remove(&spec, &removed);
             for (index, block) in spec.blocks.iter().enumerate().filter(|(_, block)| block.shortcut == Shortcut::Pad)
             {
@@ -204,7 +204,7 @@ mod tests {
     #[test]
     fn a_smaller_network_is_told_from_its_tensors() {
         let spec = NetworkSpec::fresh("resnet20", 3, 10).unwrap();
-        let smaller = remove(&spec, &units(&spec)[..5]);
+        let smaller = remove(&spec, &groups(&spec)[..5]);
         assert_eq!(smaller.blocks[0].mid_width, 11);
         assert!(smaller.multiply_adds(32, 32) < spec.multiply_adds(32, 32));
     }

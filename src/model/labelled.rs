@@ -61,7 +61,7 @@ pub enum LabelledError {
         /// What is wrong with it, and what would be right.
         problem: String,
     },
-    /// A file in an image folder is no image.
+    /// A file in an image folder is not an image.
     #[error("cannot read {path} as an image: {cause}", path = path.display())]
     Image {
         /// The file.

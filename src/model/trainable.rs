@@ -172,7 +172,7 @@ impl TrainableNetwork {
         let mut maps = Vec::with_capacity(self.spec.blocks.len());
         let mut h = self.stem(x);
         for index in 0..self.spec.blocks.len() {
-            h = self.stretch(&h, index..index + 1);
+            h = self.segment(&h, index..index + 1);
             maps.push(h.shallow_clone());
         }
         (self.classify(&pool(&h).to_kind(Kind::Float)), maps)
@@ -184,7 +184,7 @@ impl TrainableNetwork {
     }
 
     /// The map that some consecutive blocks make of the map before them, with the batch's statistics.
-    pub fn stretch(&self, x: &Tensor, blocks: Range<usize>) -> Tensor {
+    pub fn segment(&self, x: &Tensor, blocks: Range<usize>) -> Tensor {
         let mut unit = self.unit(Statistics::Batch);
         self.spec.blocks[blocks].iter().fold(channels_last(x), |h, spec| block(spec, self.spec.naming, &h, &mut unit))
     }

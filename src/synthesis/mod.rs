@@ -124,7 +124,7 @@ pub trait Surroundings {
         None
     }
 
-    /// So many images of earlier batches, to be optimized further; None where there are none.
+    /// This many images of earlier batches, to be optimized further; None where there are none.
     fn recall(&mut self, count: usize) -> Option<Recalled> {
         let _ = count;
         None

@@ -196,7 +196,7 @@ pub struct Settings {
     pub clip: bool,
     /// Which classes to make.
     pub targets: Targets,
-    /// Each batch is handed over so many times more, changed by `view_augmentation`, with the teacher's logits on exactly
+    /// Each batch is handed over this many more times, changed by `view_augmentation`, with the teacher's logits on exactly
     /// the changed pixels.
     pub views: u32,
     /// What a view changes, for each image in its own way.

@@ -43,10 +43,10 @@ pub struct Snapshot {
 /// Where a feed begins.
 #[derive(Clone, Debug)]
 pub enum From {
-    /// With the newest so many images that the log holds.
+    /// With the newest images of the log, this many.
     Newest(u64),
-    /// At the image with this sequence of a log, and with so many before it, for a buffer that was lost. Of another log:
-    /// with its newest so many.
+    /// At the image with this sequence of a log, and with `before` images before it, for a buffer that was lost. Of another log:
+    /// with as many of its newest.
     Position {
         /// The log.
         log_id: String,

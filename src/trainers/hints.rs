@@ -1,13 +1,13 @@
 //! Feature maps of the teacher that a student learns beside the logits ("hints", Romero et al. 2015, FitNets). They say
 //! much more of each image than its logits, so far fewer images and steps are needed.
 //!
-//! The two networks are cut into stretches that end at the same resolution: block by block where their stages have as many
+//! The two networks are cut into segments that end at the same resolution: block by block where their stages have as many
 //! blocks, otherwise stage by stage. Then there are two ways to learn:
-//! - [`Hints::apart`]: each stretch gets the *teacher's* map before it and learns the teacher's map after it (blockwise
-//!   distillation, Wang et al. 2018; Li et al. 2020, DNA and Few Sample Knowledge Distillation). No stretch waits for those
-//!   before it to be right, so a random student becomes useful within a hundred steps. Needs equal widths where stretches
+//! - [`Hints::apart`]: each segment gets the *teacher's* map before it and learns the teacher's map after it (blockwise
+//!   distillation, Wang et al. 2018; Li et al. 2020, DNA and Few Sample Knowledge Distillation). No segment waits for those
+//!   before it to be right, so a random student becomes useful within a hundred steps. Needs equal widths where segments
 //!   meet.
-//! - [`Hints::together`]: the student's own maps at the ends of the stretches, as the whole network makes them. Where the
+//! - [`Hints::together`]: the student's own maps at the ends of the segments, as the whole network makes them. Where the
 //!   widths differ, attention maps (Zagoruyko and Komodakis 2017, eq. 2) take the maps' place: where a map is active, not in
 //!   which channels.
 
@@ -25,13 +25,13 @@ const SMALLEST: f64 = 1e-6;
 /// Which blocks of a student stand for which of a teacher.
 #[derive(Debug)]
 pub struct Hints {
-    stretches: Vec<Stretch>,
-    /// The width before the first stretch is the same.
+    segments: Vec<Segment>,
+    /// The width before the first segment is the same.
     same_stem: bool,
 }
 
 #[derive(Debug, PartialEq, Eq)]
-struct Stretch {
+struct Segment {
     student: Range<usize>,
     teacher: Range<usize>,
     /// The widths at the end are the same.
@@ -66,7 +66,7 @@ pub enum NoHints {
 }
 
 impl Hints {
-    /// Cuts two networks into stretches.
+    /// Cuts two networks into segments.
     pub fn between(student: &NetworkSpec, teacher: &NetworkSpec) -> Result<Self, NoHints> {
         let (ours, theirs) = (stages(student), stages(teacher));
         let strides = |spec: &NetworkSpec, stages: &[Range<usize>]| -> Vec<usize> {
@@ -75,12 +75,12 @@ impl Hints {
         if strides(student, &ours) != strides(teacher, &theirs) {
             return Err(NoHints::Stages { student: student.arch().to_owned(), teacher: teacher.arch().to_owned() });
         }
-        let mut stretches = Vec::new();
+        let mut segments = Vec::new();
         for (ours, theirs) in ours.into_iter().zip(theirs) {
             let mut cut = |ours: Range<usize>, theirs: Range<usize>| {
-                let width = |spec: &NetworkSpec, stretch: &Range<usize>| spec.blocks[stretch.end - 1].out_width;
+                let width = |spec: &NetworkSpec, segment: &Range<usize>| spec.blocks[segment.end - 1].out_width;
                 let same_width = width(student, &ours) == width(teacher, &theirs);
-                stretches.push(Stretch { student: ours, teacher: theirs, same_width });
+                segments.push(Segment { student: ours, teacher: theirs, same_width });
             };
             if ours.len() == theirs.len() {
                 ours.zip(theirs).for_each(|(ours, theirs)| cut(ours..ours + 1, theirs..theirs + 1));
@@ -88,12 +88,12 @@ impl Hints {
                 cut(ours, theirs);
             }
         }
-        Ok(Self { stretches, same_stem: student.stem_width == teacher.stem_width })
+        Ok(Self { segments, same_stem: student.stem_width == teacher.stem_width })
     }
 
-    /// Whether [`Self::apart`] is possible: equal widths wherever stretches meet.
+    /// Whether [`Self::apart`] is possible: equal widths wherever segments meet.
     pub fn check_apart(&self, student: &NetworkSpec, teacher: &NetworkSpec) -> Result<(), NoHints> {
-        if self.same_stem && self.stretches.iter().all(|stretch| stretch.same_width) {
+        if self.same_stem && self.segments.iter().all(|segment| segment.same_width) {
             return Ok(());
         }
         Err(NoHints::Widths { student: student.arch().to_owned(), teacher: teacher.arch().to_owned() })
@@ -103,9 +103,9 @@ impl Hints {
     /// gradient; 0 where they agree, 1 where the student's are dark.
     pub fn together(&self, student: &[Tensor], teacher: &Recorded) -> Tensor {
         let teacher: Vec<&Tensor> = teacher.block_outputs().collect();
-        let distances = self.stretches.iter().map(|stretch| {
-            let (ours, theirs) = (&student[stretch.student.end - 1], teacher[stretch.teacher.end - 1]);
-            if stretch.same_width {
+        let distances = self.segments.iter().map(|segment| {
+            let (ours, theirs) = (&student[segment.student.end - 1], teacher[segment.teacher.end - 1]);
+            if segment.same_width {
                 relative_error(ours, theirs)
             } else {
                 (attention(ours) - attention(theirs)).square().sum(Kind::Float) / ours.size()[0] as f64
@@ -114,7 +114,7 @@ impl Hints {
         Tensor::stack(&distances.collect::<Vec<_>>(), 0).mean(Kind::Float)
     }
 
-    /// The distances of the stem, of every stretch and of the head from the teacher's on normalized images `[N, C, H, W]`,
+    /// The distances of the stem, of every segment and of the head from the teacher's on normalized images `[N, C, H, W]`,
     /// each on what the teacher gives it, added up. A scalar with a gradient; 0 where the networks agree.
     pub fn apart(&self, student: &TrainableNetwork, teacher: &Recorded, images: &Tensor) -> Tensor {
         let maps: Vec<&Tensor> = teacher.block_outputs().collect();
@@ -123,9 +123,9 @@ impl Hints {
         let logits = student.classify(&pool(last)).narrow(1, 0, teacher.logits.size()[1]);
         let ends =
             relative_error(&student.stem(images), teacher.stem_output()) + relative_error(&logits, &teacher.logits);
-        self.stretches.iter().fold(ends, |sum, stretch| {
-            let made = student.stretch(before(stretch.teacher.start), stretch.student.clone());
-            sum + relative_error(&made, maps[stretch.teacher.end - 1])
+        self.segments.iter().fold(ends, |sum, segment| {
+            let made = student.segment(before(segment.teacher.start), segment.student.clone());
+            sum + relative_error(&made, maps[segment.teacher.end - 1])
         })
     }
 }

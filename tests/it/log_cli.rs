@@ -312,7 +312,7 @@ fn one_lost_chunk_is_a_gap_wherever_it_was() {
 }
 
 #[test]
-fn what_retention_let_go_of_is_a_note_and_a_loss_beside_it_is_not() {
+fn what_retention_evicted_is_a_note_and_a_loss_beside_it_is_not() {
     // Images 0 to 7 are the seed set in whole chunks; three chunks more fit.
     let retention = Retention { max_images: Some(20), seed_images: 5, ..Retention::default() };
     let store = Store::made(8, retention);

@@ -118,7 +118,7 @@ fn a_pipe_gets_the_bytes_and_stays_one() {
         }
     });
     let output = dream(folder.path(), &pipe);
-    // Whatever came of it, the reader is let go.
+    // Whatever came of it, the reader ends.
     drop(fs::OpenOptions::new().read(true).write(true).open(&pipe));
     assert!(output.status.success(), "{}", text(&output.stderr));
     assert!(reader.join().unwrap().starts_with(b"\x89PNG"));

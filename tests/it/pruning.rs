@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use crate::support::{ARCH, Daemon, file, network, write_teacher};
-use dreamfeed::model::channels::{Channel, Unit, batch_norms, units, without};
+use dreamfeed::model::channels::{Channel, Group, batch_norms, groups, without};
 use dreamfeed::model::checkpoint::Checkpoint;
 use dreamfeed::model::spec::NetworkSpec;
 use dreamfeed::model::trainable::TrainableNetwork;
@@ -94,7 +94,7 @@ fn without_channels_that_do_nothing_a_network_does_the_same() {
         tch::manual_seed(1);
         let spec = NetworkSpec::fresh(arch, 3, 10).unwrap();
         let whole = TrainableNetwork::fresh(&spec, Device::Cpu);
-        let removed: BTreeSet<Channel> = units(&spec).iter().step_by(skip).flat_map(Unit::channels).collect();
+        let removed: BTreeSet<Channel> = groups(&spec).iter().step_by(skip).flat_map(Group::channels).collect();
         tch::no_grad(|| {
             for (prefix, place) in batch_norms(&spec) {
                 let of = |part: &str| whole.parameter(&format!("{prefix}.{part}")).unwrap().shallow_clone();

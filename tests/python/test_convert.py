@@ -255,5 +255,5 @@ def test_the_command_line_fails_in_one_line(tmp_path: Path, capsys: pytest.Captu
 def test_a_pipe_is_refused_and_nobody_waits_for_it(tmp_path: Path) -> None:
     pipe = tmp_path / "model.pth"
     os.mkfifo(pipe)
-    with pytest.raises(ConvertError, match="no regular file"):
+    with pytest.raises(ConvertError, match="not a regular file"):
         convert(pipe, tmp_path / "out.safetensors", **KNOWN)

@@ -116,5 +116,5 @@ def test_a_checkpoint_comes_back_and_one_of_a_changed_byte_step_or_kind_is_refus
 def test_a_checkpoint_that_is_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     checkpoint, _ = trained(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="is no file"):
+    with pytest.raises(ValueError, match="is not a regular file"):
         checkpoint.load()

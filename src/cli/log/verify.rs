@@ -12,7 +12,7 @@ use crate::{generators, students};
 /// Reads everything in a store, and says what is wrong with it.
 ///
 /// Every chunk's and every stored student's checksum, every stored generator, holes and overlaps in the log, whatever has
-/// no business there (also names that are no UTF-8, links that lead nowhere, folders), and what lies in quarantine. Ends with 0 where nothing is wrong, else with 1. What retention let go of is a note:
+/// no business there (also names that are not UTF-8, links that lead nowhere, folders), and what lies in quarantine. Ends with 0 where nothing is wrong, else with 1. What retention evicted is a note:
 /// daemons put it on record before they delete, so every other hole is a loss. So is what a put left that was broken off or
 /// is under way: daemons remove it. Chunks missing behind the newest that is left cannot be noticed.
 #[derive(Debug, clap::Args)]

@@ -10,7 +10,7 @@ use super::{CheckpointError, HeaderLimits, MAX_NAME_BYTES, MAX_RANK};
 const TOLD_BYTES: usize = 60;
 
 /// Checks the length of the header of a file, how many tensors and metadata it has, how long their names are, and how many
-/// dimensions a tensor has. What is no header at all is left to the parser, which says so.
+/// dimensions a tensor has. What is not a header at all is left to the parser, which says so.
 pub(super) fn check(limits: HeaderLimits, file: &[u8]) -> Result<(), CheckpointError> {
     let Some((length, rest)) = file.split_first_chunk() else { return Ok(()) };
     let length = u64::from_le_bytes(*length);

@@ -13,14 +13,14 @@ use crate::synthesis::objective::LossReport;
 const RECENT: f64 = 0.3;
 /// The weight of the newest batch in what is usual: about forty batches.
 const USUAL: f64 = 0.025;
-/// Nothing is judged before so many batches were seen.
+/// Nothing is judged before this many batches were seen.
 const SETTLED: u64 = 8;
 /// The share of recognized images has collapsed where it is this much below what is usual, and less than this part of it.
 const TOP1_DROP: f64 = 0.12;
 const TOP1_PART: f64 = 0.85;
 /// R_feature has collapsed where it is this many times what is usual.
 const R_FEATURE_RISE: f64 = 2.0;
-/// A state is put aside every so many batches, and is good once as many more have passed without a collapse.
+/// A state is put aside each time this many batches have passed, and is good once as many more have passed without a collapse.
 const ASIDE_EVERY: u64 = 8;
 
 /// What the teacher thinks of a generator's batches.

@@ -44,11 +44,11 @@ pub struct FastSettings {
     pub compete_weight: f64,
     /// Which form R_compete takes; at temperature 1.
     pub compete_form: CompeteForm,
-    /// The generator's first layer starts anew after every so many batches; 0 = never.
+    /// Batches after which the generator's first layer starts anew, again and again; 0 = never.
     pub reset_every: u64,
     /// Batches that a new generator makes for itself before the first one that is handed over.
     pub warmup: u64,
-    /// After each optimized batch its generator makes so many more from new latent vectors without optimizing them: they
+    /// After each optimized batch its generator makes this many more from new latent vectors without optimizing them: they
     /// are nearly as good, and cost two forward passes.
     pub samples: u32,
 }
@@ -131,7 +131,7 @@ pub struct FastOptions {
     /// The form of R_compete.
     #[arg(id = "fast_compete_form", long = "fast-compete-form", value_enum, value_name = "FORM")]
     pub compete_form: Option<CompeteForm>,
-    /// Start the generator's first layer anew after so many batches; 0 = never.
+    /// Start the generator's first layer anew each time after this many batches; 0 = never.
     #[arg(id = "fast_reset_every", long = "fast-reset-every", value_name = "N")]
     pub reset_every: Option<u64>,
     /// Batches that a new generator makes for itself before the first that is handed over.

@@ -77,7 +77,7 @@ pub struct SynthesisOptions {
     /// balanced, a list of classes (3,5,5), or a mix (3:0.2,5:0.8).
     #[arg(long)]
     pub targets: Option<Targets>,
-    /// Hand each batch over so many times more in other views, each with the teacher's logits on its own pixels.
+    /// Hand each batch over this many more times in other views, each with the teacher's logits on its own pixels.
     #[arg(long, value_name = "N")]
     pub views: Option<u32>,
     /// What a view changes: none, or a list of shift:N and flip.

@@ -344,7 +344,7 @@ impl<'a> Learning<'a> {
         Snapshot { arch: self.network.spec().arch().to_owned(), file: file.into(), step: self.step }
     }
 
-    /// Pushes the final network and lets go of the daemon; how many dreams were received.
+    /// Pushes the final network and ends the own daemon; how many dreams were received.
     fn end(&mut self, last: Snapshot) -> u64 {
         let Some(supply) = self.supply.take() else { return 0 };
         if self.step > 0 {

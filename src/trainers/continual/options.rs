@@ -73,7 +73,7 @@ pub struct Options {
     pub batch_size: usize,
     /// Dreams in a step, where the method takes any.
     pub dream_batch_size: usize,
-    /// Begin once so many dreams are there.
+    /// Begin once this many dreams are there.
     pub min_images: usize,
     /// Dreams kept to be drawn again.
     pub buffer_images: usize,
@@ -91,7 +91,7 @@ pub struct Options {
     pub weight_decay: f64,
     /// Changes to images before each step.
     pub augmentation: Augmentation,
-    /// Push the network every so many steps.
+    /// Steps between two pushes of the network.
     pub push_every: u64,
     /// Labelled pictures to measure on.
     pub test_data: Option<PathBuf>,

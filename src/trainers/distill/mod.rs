@@ -36,12 +36,12 @@ pub use options::{Budget, Measurement, Options, Summary};
 
 /// The share of a training over which the learning rate rises to its peak.
 const WARMUP: f64 = 0.02;
-/// Losses are averaged over so many steps, and read from the device as often.
+/// Losses are averaged over this many steps, and read from the device as often.
 const REPORT_EVERY: u64 = 10;
 /// Of the blockwise loss, whose parts are below one: with it, the learning rate that suits the whole network suits its
-/// stretches.
+/// segments.
 const BLOCKWISE_WEIGHT: f64 = 10.0;
-/// Images of a step on which the whole network is measured while its stretches learn.
+/// Images of a step on which the whole network is measured while its segments learn.
 const AGREEMENT_IMAGES: i64 = 16;
 /// How long to wait for a batch before looking around again.
 const WAIT: Duration = Duration::from_millis(200);
@@ -102,7 +102,7 @@ struct Training<'a> {
     began: Instant,
     /// Wall time of earlier parts of a resumed training.
     before: Duration,
-    /// Wall time before the first step, which schedules do not count: the daemon's warm-up is no training.
+    /// Wall time before the first step, which schedules do not count: nothing is trained while the daemon warms up.
     waited: Option<Duration>,
     /// Batches of this process, without those that only filled the buffer again.
     batches: u64,

@@ -34,7 +34,7 @@ pub struct Options {
     pub budget: Budget,
     /// At most this many steps for each batch received; then wait for the next.
     pub steps_per_batch: Option<u64>,
-    /// Begin once so many images are there.
+    /// Begin once this many images are there.
     pub min_images: usize,
     /// Images in a training step.
     pub batch_size: usize,
@@ -54,7 +54,7 @@ pub struct Options {
     /// The weight of the distance from the teacher's feature maps; needs `teacher`. 0: only its logits are
     /// learned.
     pub hint_weight: f64,
-    /// The part of the training, from its start, in which each stretch of the student learns on its own, from the
+    /// The part of the training, from its start, in which each segment of the student learns on its own, from the
     /// teacher's maps; needs `teacher`.
     pub blockwise: f64,
     /// What the student's convolutions compute in.
@@ -66,19 +66,19 @@ pub struct Options {
     pub augmentation: Augmentation,
     /// Images kept to be drawn again.
     pub buffer_images: usize,
-    /// Push the student every so many steps.
+    /// Steps between two pushes of the student.
     pub push_every: u64,
     /// Labelled pictures to measure on.
     pub test_data: Option<PathBuf>,
-    /// Measure every so many steps; 0: only at the end.
+    /// Steps between two measurements; 0: measure only at the end.
     pub eval_every: u64,
-    /// Measure after so much time, too.
+    /// Measure after each of these times, too.
     pub eval_at: Vec<Duration>,
     /// Where to write the student.
     pub out: Option<PathBuf>,
     /// Where to keep the training's state, and to resume from if it is there.
     pub checkpoint: Option<PathBuf>,
-    /// Write the state every so many steps.
+    /// Steps between two checkpoints.
     pub checkpoint_every: u64,
     /// Where to write the summary.
     pub summary: Option<PathBuf>,

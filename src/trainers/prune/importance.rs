@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use tch::{Device, Kind, Tensor};
 
-use crate::model::channels::{Channel, Place, Unit, batch_norms, units, without};
+use crate::model::channels::{Channel, Group, Place, batch_norms, groups, without};
 use crate::model::spec::NetworkSpec;
 use crate::model::trainable::TrainableNetwork;
 
@@ -21,9 +21,9 @@ const SMALLEST_PART: f64 = 0.1;
 /// Importance accumulated over mini-batches.
 #[derive(Debug)]
 pub struct Importance {
-    units: Vec<Unit>,
+    groups: Vec<Group>,
     norms: Vec<(String, Place)>,
-    /// Moving average over pruning steps, by unit.
+    /// Moving average over pruning steps, by group.
     average: Vec<f64>,
     /// Sum over the mini-batches since the last one.
     sums: Vec<f64>,
@@ -36,16 +36,16 @@ impl Importance {
     /// Of a network that lost nothing yet.
     pub fn new(spec: &NetworkSpec) -> Self {
         let mut this = Self {
-            units: units(spec),
+            groups: groups(spec),
             norms: batch_norms(spec),
             average: Vec::new(),
             sums: Vec::new(),
             batches: 0,
             least: BTreeMap::new(),
         };
-        this.average = vec![0.0; this.units.len()];
-        this.sums = vec![0.0; this.units.len()];
-        for (place, width) in widths(&this.units) {
+        this.average = vec![0.0; this.groups.len()];
+        this.sums = vec![0.0; this.groups.len()];
+        for (place, width) in widths(&this.groups) {
             this.least.insert(place, ((width as f64 * SMALLEST_PART) as usize).max(1));
         }
         this
@@ -76,15 +76,15 @@ impl Importance {
             let (sum, count) = parts.fold((0.0, 0.0), |(sum, all), (value, count)| (sum + value, all + count));
             sum * sum / f64::max(count, 1.0)
         };
-        for (sum, unit) in self.sums.iter_mut().zip(&self.units) {
+        for (sum, group) in self.sums.iter_mut().zip(&self.groups) {
             // A pair counts as one of its two.
-            *sum += unit.lanes.iter().map(|lane| of(lane)).sum::<f64>() / unit.lanes.len().max(1) as f64;
+            *sum += group.lanes.iter().map(|lane| of(lane)).sum::<f64>() / group.lanes.len().max(1) as f64;
         }
         self.batches += 1;
     }
 
-    /// Closes a pruning step, and names what goes: the least important units first, until `enough` says so of the network
-    /// that would be left. With `latency` a unit's score is its importance less that many times what it costs, both
+    /// Closes a pruning step, and names what goes: the least important groups first, until `enough` says so of the network
+    /// that would be left. With `latency` a group's score is its importance less that many times what it costs, both
     /// relative to their means; the cost of a channel is given by place.
     pub fn choose(
         &mut self,
@@ -99,15 +99,15 @@ impl Importance {
         }
         self.batches = 0;
         let scores = self.scores(latency);
-        let mut order: Vec<usize> = (0..self.units.len()).collect();
+        let mut order: Vec<usize> = (0..self.groups.len()).collect();
         order.sort_by(|a, b| scores[*a].total_cmp(&scores[*b]));
-        let mut left: BTreeMap<Place, usize> = widths(&self.units);
+        let mut left: BTreeMap<Place, usize> = widths(&self.groups);
         let mut removed = BTreeSet::new();
         for index in order {
             if enough(&without(spec, &removed).0) {
                 break;
             }
-            let lost = widths(std::slice::from_ref(&self.units[index]));
+            let lost = widths(std::slice::from_ref(&self.groups[index]));
             let may = lost.iter().all(|(place, lost)| {
                 left.get(place).copied().unwrap_or(0) >= lost + self.least.get(place).copied().unwrap_or(1)
             });
@@ -115,7 +115,7 @@ impl Importance {
                 for (place, lost) in lost {
                     left.entry(place).and_modify(|width| *width -= lost);
                 }
-                removed.extend(self.units[index].channels());
+                removed.extend(self.groups[index].channels());
             }
         }
         removed
@@ -123,8 +123,11 @@ impl Importance {
 
     fn scores(&self, latency: Option<(f64, &BTreeMap<Place, f64>)>) -> Vec<f64> {
         let Some((weight, costs)) = latency else { return self.average.clone() };
-        let costs: Vec<f64> =
-            self.units.iter().map(|unit| unit.channels().filter_map(|(place, _)| costs.get(&place)).sum()).collect();
+        let costs: Vec<f64> = self
+            .groups
+            .iter()
+            .map(|group| group.channels().filter_map(|(place, _)| costs.get(&place)).sum())
+            .collect();
         let mean = |values: &[f64]| (values.iter().sum::<f64>() / values.len().max(1) as f64).max(f64::MIN_POSITIVE);
         let (importance, cost) = (mean(&self.average), mean(&costs));
         self.average.iter().zip(&costs).map(|(i, c)| i / importance - weight * c / cost).collect()
@@ -132,32 +135,32 @@ impl Importance {
 
     /// Goes on with the network that is left after [`Self::choose`].
     pub fn shrink(&mut self, smaller: &NetworkSpec, removed: &BTreeSet<Channel>) {
-        let stays = |unit: &Unit| unit.channels().all(|channel| !removed.contains(&channel));
-        // Channels of a place keep their order, so units of the smaller network are found by their renumbered channels.
+        let stays = |group: &Group| group.channels().all(|channel| !removed.contains(&channel));
+        // Channels of a place keep their order, so groups of the smaller network are found by their renumbered channels.
         let renumbered = |(place, channel): Channel| {
             let before = removed.range((place, 0)..(place, channel)).count();
             (place, channel - before)
         };
         let mut known: BTreeMap<Vec<Channel>, f64> = BTreeMap::new();
-        for (unit, average) in self.units.iter().zip(&self.average).filter(|(unit, _)| stays(unit)) {
-            for lane in &unit.lanes {
+        for (group, average) in self.groups.iter().zip(&self.average).filter(|(group, _)| stays(group)) {
+            for lane in &group.lanes {
                 known.insert(lane.iter().copied().map(renumbered).collect(), *average);
             }
         }
-        self.units = units(smaller);
-        let of = |unit: &Unit| {
-            let lanes = unit.lanes.iter().filter_map(|lane| known.get(lane));
-            lanes.sum::<f64>() / unit.lanes.len().max(1) as f64
+        self.groups = groups(smaller);
+        let of = |group: &Group| {
+            let lanes = group.lanes.iter().filter_map(|lane| known.get(lane));
+            lanes.sum::<f64>() / group.lanes.len().max(1) as f64
         };
-        self.average = self.units.iter().map(of).collect();
-        self.sums = vec![0.0; self.units.len()];
+        self.average = self.groups.iter().map(of).collect();
+        self.sums = vec![0.0; self.groups.len()];
     }
 }
 
 /// The channels of each place.
-fn widths(units: &[Unit]) -> BTreeMap<Place, usize> {
+fn widths(groups: &[Group]) -> BTreeMap<Place, usize> {
     let mut widths = BTreeMap::new();
-    for (place, _) in units.iter().flat_map(Unit::channels) {
+    for (place, _) in groups.iter().flat_map(Group::channels) {
         *widths.entry(place).or_insert(0) += 1;
     }
     widths
@@ -182,9 +185,9 @@ mod tests {
         importance.accumulate(&network);
         // The largest of its place: f32 cannot resolve the slope of the smallest.
         let inner =
-            |unit: &Unit| unit.channels().find(|(place, _)| *place == Place::Inner(1)).map(|(_, channel)| channel);
+            |group: &Group| group.channels().find(|(place, _)| *place == Place::Inner(1)).map(|(_, channel)| channel);
         let of_place =
-            importance.units.iter().zip(&importance.sums).filter_map(|(unit, sum)| Some((inner(unit)?, *sum)));
+            importance.groups.iter().zip(&importance.sums).filter_map(|(group, sum)| Some((inner(group)?, *sum)));
         let (channel, importance) = of_place.max_by(|a, b| a.1.total_cmp(&b.1)).unwrap();
         let gate = |factor: f64| {
             for part in ["weight", "bias"] {
@@ -209,8 +212,8 @@ mod tests {
     fn the_least_important_go_first_and_no_place_is_emptied() {
         let spec = NetworkSpec::fresh("resnet8", 1, 3).unwrap();
         let mut importance = Importance::new(&spec);
-        importance.sums = (0..importance.units.len()).map(|index| index as f64).collect();
-        let first = importance.units[0].clone();
+        importance.sums = (0..importance.groups.len()).map(|index| index as f64).collect();
+        let first = importance.groups[0].clone();
         let few = importance.choose(&spec, None, |left| left.num_parameters() < spec.num_parameters());
         assert_eq!(few, first.channels().collect());
         let all = importance.choose(&spec, None, |_| false);
@@ -219,7 +222,7 @@ mod tests {
         assert_eq!(smaller.blocks[0].mid_width, 1);
 
         importance.shrink(&smaller, &all);
-        assert_eq!(importance.average.len(), units(&smaller).len());
+        assert_eq!(importance.average.len(), groups(&smaller).len());
         assert!(importance.average.iter().any(|average| *average > 0.0));
     }
 }

@@ -70,7 +70,7 @@ pub struct Options {
     pub fine_tune_steps: u64,
     /// Images in a training step.
     pub batch_size: usize,
-    /// Begin once so many images are there.
+    /// Begin once this many images are there.
     pub min_images: usize,
     /// Images kept to be drawn again.
     pub buffer_images: usize,
@@ -84,7 +84,7 @@ pub struct Options {
     pub temperature: f64,
     /// Changes to images before each step.
     pub augmentation: Augmentation,
-    /// Push the network every so many steps, and after each removal.
+    /// Steps between two pushes of the network; it is pushed after each removal, too.
     pub push_every: u64,
     /// Labelled pictures to measure on.
     pub test_data: Option<PathBuf>,

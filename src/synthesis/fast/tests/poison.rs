@@ -69,7 +69,7 @@ fn louder(network: &TrainableNetwork, factor: f64) -> FrozenNetwork {
     frozen(&copy)
 }
 
-/// The share of images in which the teacher sees the target, over the last ten of so many batches.
+/// The share of images in which the teacher sees the target, over the last ten of this many batches.
 fn share(
     generator: &mut FastGenerator,
     world: &mut Against,
