@@ -42,7 +42,8 @@ FLAGS = [
     "--log-max-images",
     "20000",
 ]
-LIMITS = ["--max-message-bytes", "64MiB", "--max-connections", "260"]
+# Small, so that all of it is used after a minute.
+LIMITS = ["--log-cache-bytes", "32MiB", "--max-message-bytes", "64MiB", "--max-connections", "260"]
 ALLOWED_GROWTH = 1.15
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0"
 
