@@ -1,7 +1,7 @@
 """Time to accuracy of each tier: a teacher of CIFAR images to a random student, by the clock.
 
-Daemon and trainer are two processes that share the cores of one machine. The trainer is paced: it makes a fixed number of steps
-for each chunk of dreams and then leaves the cores to the daemon, which rests while enough dreams wait (--demand
+Daemon and trainer are two processes that share the cores of one machine. The trainer is paced: a fixed number of
+steps for each chunk of dreams and then leaves the cores to the daemon, which rests while enough dreams wait (--demand
 subscribers). It has the teacher's file, too, and learns its feature maps beside its logits: block by block at first
 (--blockwise), then the whole network (--hint-weight); --training="--blockwise 0 ..." tries something else. The real
 pictures are only for measuring.

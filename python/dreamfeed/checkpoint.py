@@ -63,7 +63,9 @@ class TrainingCheckpoint:
         if not self.path.exists():
             return 0
         if not self.path.is_file():
-            raise ValueError(f"{self.path} is not a regular file (but a folder, a pipe or a device); give another path")
+            raise ValueError(
+                f"{self.path} is not a regular file (but a folder, a pipe or a device); give another path"
+            )
         try:
             saved = torch.load(self.path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
