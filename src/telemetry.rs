@@ -143,6 +143,8 @@ metrics! {
     CONNECTIONS_REFUSED = "dreamfeed_connections_refused_total", Kind::Counter, Count,
         "Connections closed, or not accepted. port: grpc, admin. reason: limit (as many are open as may be; the longest silent one makes place), descriptors (the process \
          has none left), silent (no header of a request came in time).";
+    CALLS_UNDER_WAY = "dreamfeed_calls_under_way", Kind::Gauge, Count,
+        "Calls under way on the gRPC port, over all connections, open streams among them.";
     REQUEST_BYTES = "dreamfeed_request_bytes", Kind::Gauge, Bytes,
         "Memory that is reserved for requests that are still being read.";
     REQUEST_CAPACITY_BYTES = "dreamfeed_request_capacity_bytes", Kind::Gauge, Bytes, "The bound on that memory.";

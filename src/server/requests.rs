@@ -115,7 +115,9 @@ where
         };
         let (head, body) = request.into_parts();
         let body = Body::new(Limited { body, left: limit.most, begun: false, limit, _held: held });
-        let answer = self.inner.call(http::Request::from_parts(head, body));
+        let (call, answer) = (Call::begun(), self.inner.call(http::Request::from_parts(head, body)));
+        let answer =
+            async move { answer.await.map(|answer| answer.map(|body| Body::new(Answer { body, _call: call }))) };
         if !limit.is_timed {
             return Box::pin(answer);
         }
@@ -133,6 +135,46 @@ where
                 }
             }
         })
+    }
+}
+
+/// Counts a call for as long as it is under way.
+#[derive(Debug)]
+struct Call;
+
+impl Call {
+    fn begun() -> Self {
+        metrics::gauge!(telemetry::CALLS_UNDER_WAY).increment(1.0);
+        Self
+    }
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        metrics::gauge!(telemetry::CALLS_UNDER_WAY).decrement(1.0);
+    }
+}
+
+/// The body of an answer, with which its call ends.
+struct Answer {
+    body: Body,
+    _call: Call,
+}
+
+impl http_body::Body for Answer {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(mut self: Pin<&mut Self>, task: &mut Task<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        Pin::new(&mut self.body).poll_frame(task)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> http_body::SizeHint {
+        self.body.size_hint()
     }
 }
 

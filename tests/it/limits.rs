@@ -151,8 +151,11 @@ async fn a_connection_has_so_many_streams() {
     let mut fourth = Box::pin(client.describe(DescribeRequest {}));
     assert!(tokio::time::timeout(std::time::Duration::from_millis(300), &mut fourth).await.is_err());
     within(daemon.client().await.describe()).await.unwrap();
+    wait_for("three calls", || metric(&daemon, "dreamfeed_calls_under_way") == 3.0);
     streams.pop();
     within(fourth).await.unwrap();
+    drop(streams);
+    wait_for("no call", || metric(&daemon, "dreamfeed_calls_under_way") == 0.0);
 }
 
 /// A connection that says this and no more.

@@ -57,7 +57,8 @@ fn groups_of_the_resnets_are_those_that_pruning_has() {
             lane
         };
         let mut found: Vec<_> = lanes.into_values().map(sorted).collect();
-        let mut known: Vec<_> = channels::units(&spec).into_iter().flat_map(|unit| unit.lanes).map(sorted).collect();
+        let mut known: Vec<_> =
+            channels::groups(&spec).into_iter().flat_map(|group| group.lanes).map(sorted).collect();
         found.sort();
         known.sort();
         assert_eq!(found, known, "{arch}");
@@ -73,8 +74,8 @@ fn a_graph_without_channels_is_the_network_without_them() {
         let norms: BTreeMap<channels::Place, String> =
             channels::batch_norms(&spec).into_iter().map(|(name, place)| (place, name)).collect();
         for skip in [2, 3, 7] {
-            let units: Vec<channels::Unit> = channels::units(&spec).into_iter().step_by(skip).collect();
-            let removed: BTreeSet<channels::Channel> = units.iter().flat_map(channels::Unit::channels).collect();
+            let groups: Vec<channels::Group> = channels::groups(&spec).into_iter().step_by(skip).collect();
+            let removed: BTreeSet<channels::Channel> = groups.iter().flat_map(channels::Group::channels).collect();
             let classes = removed
                 .iter()
                 .map(|(place, index)| found.tensor(&format!("{}.weight", norms[place]))[0].as_ref().unwrap()[*index]);
