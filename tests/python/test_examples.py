@@ -192,7 +192,7 @@ def test_a_checkpoint_is_whole_or_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds \['model'\], and this training has \['net'\]"):
         TrainingCheckpoint(path, net=model).load()
     torch.save(model.state_dict(), path)
-    with pytest.raises(ValueError, match="no checkpoint that"):
+    with pytest.raises(ValueError, match="not a checkpoint that"):
         TrainingCheckpoint(path, model=model).load()
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="cannot be read"):

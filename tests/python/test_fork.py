@@ -41,10 +41,12 @@ def test_the_pusher_ends_its_thread() -> None:
         def push_encoded(self, file: bytes, arch: str, step: int) -> PushResult:
             return PushResult(1, False)
 
+    # Another test's pusher may still be there.
+    before = set(threading.enumerate())
     pusher = StudentPusher(Accepts(), arch="resnet8")  # type: ignore[arg-type]
     pusher.push(random_network(2))
     assert pusher.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "dreamfeed-push"]
+    assert not [thread for thread in set(threading.enumerate()) - before if thread.name == "dreamfeed-push"]
 
 
 def test_the_end_of_the_process_waits_for_a_push() -> None:
