@@ -395,7 +395,7 @@ impl Config {
         let idle_timeout = span("students.idle_timeout", options.students.idle_timeout, 30, 3600);
         let push_timeout = span("students.push_timeout", options.students.push_timeout, 600, 86_400);
 
-        let limits = options.limits.resolve(problems);
+        let limits = options.limits.resolve(max_pushes, problems);
         let log_filter = options.log_level.clone().unwrap_or_else(|| "info".into());
         let wrong = EnvFilter::try_new(&log_filter).err();
         if wrong.is_some() {

@@ -15,6 +15,7 @@ use std::fmt;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
@@ -109,6 +110,9 @@ pub struct Lying {
 struct Guard {
     name: &'static str,
     object: Bytes,
+    /// A new name for what proves that a name has one winner, and whether that is proven.
+    probe: fn() -> String,
+    proven: AtomicBool,
 }
 
 /// A folder or a bucket. Cheap to clone.
@@ -136,9 +140,16 @@ impl Storage {
         Self { store: Arc::new(store), ..self.clone() }
     }
 
-    /// The same storage, which from now on writes, moves and deletes only while this object is what it is now.
-    pub fn guarded(&self, name: &'static str, object: Bytes) -> Self {
-        Self { guard: Some(Arc::new(Guard { name, object })), ..self.clone() }
+    /// The same storage, which from now on writes, moves and deletes only while this object is what it is now, and writes
+    /// only once it is [proven](Self::prove), under a name of `probe`, that a name has one winner.
+    pub fn guarded(&self, name: &'static str, object: Bytes, probe: fn() -> String) -> Self {
+        let guard = Guard { name, object, probe, proven: AtomicBool::new(false) };
+        Self { guard: Some(Arc::new(guard)), ..self.clone() }
+    }
+
+    /// Whether nothing is left to be proven.
+    pub fn is_proven(&self) -> bool {
+        self.guard.as_ref().is_none_or(|guard| guard.proven.load(Ordering::Relaxed))
     }
 
     /// Whether it still is the store that it was when it was guarded; always, where it is not guarded.
@@ -152,22 +163,26 @@ impl Storage {
         Err(StorageError::Replaced { location: self.location.to_string(), name: guard.name.to_owned(), problem })
     }
 
-    /// Proves that a name has one winner: of two puts under a new name the second must be refused.
-    pub async fn prove(&self, name: &str) -> Result<(), StorageError> {
+    /// Proves that a name has one winner: of two puts under a new name the second must be refused. Once it is proven this
+    /// does nothing.
+    pub async fn prove(&self) -> Result<(), StorageError> {
+        let Some(guard) = self.guard.as_ref().filter(|_| !self.is_proven()) else { return Ok(()) };
+        let name = (guard.probe)();
         let puts = async {
-            if self.create(name, Bytes::from_static(b"first")).await? == Created::Taken {
-                return Err(self.failed("write", name, "its name is new, and was taken all the same".into()));
+            if self.create_proven(&name, Bytes::from_static(b"first")).await? == Created::Taken {
+                return Err(self.failed("write", &name, "its name is new, and was taken all the same".into()));
             }
-            match self.put(name, Bytes::from_static(b"second")).await? {
+            match self.put(&name, Bytes::from_static(b"second")).await? {
                 Created::Taken => Ok(()),
                 Created::Yes => Err(StorageError::Unfit { location: self.location.to_string() }),
             }
         };
         let proven = puts.await;
-        match self.delete(name).await {
-            Err(error) if proven.is_ok() => Err(error),
-            _ => proven,
+        guard.proven.store(proven.is_ok(), Ordering::Relaxed);
+        if let Err(error) = self.delete(&name).await {
+            tracing::warn!(%error, "what proved that a name has one winner stays for now");
         }
+        proven
     }
 
     /// Where it is, as it was given.
@@ -201,6 +216,11 @@ impl Storage {
     /// and visible. Where the answer to a put was lost, what lies under the name decides. After an error it may still
     /// arrive: create it again, with the same bytes.
     pub async fn create(&self, name: &str, object: Bytes) -> Result<Created, StorageError> {
+        self.prove().await?;
+        self.create_proven(name, object).await
+    }
+
+    async fn create_proven(&self, name: &str, object: Bytes) -> Result<Created, StorageError> {
         self.check().await?;
         let put = self.put(name, object.clone()).await;
         if let Ok(Created::Yes) = put {
@@ -218,10 +238,23 @@ impl Storage {
         match self.get(name).await {
             Ok(Some(found)) if found == object => Ok(Created::Yes),
             Ok(Some(_)) => Ok(Created::Taken),
-            // Taken, and gone since.
+            // Taken, and gone since; or by a folder, or by a link that leads nowhere, which stay.
+            Ok(None) if put.is_ok() && self.is_blocked(name).await? => {
+                let problem = "its name is taken by what is no object, a folder or a broken link; move that away";
+                Err(self.failed("write", name, problem.into()))
+            }
             Ok(None) => put,
             Err(error) => Err(put.err().unwrap_or(error)),
         }
+    }
+
+    /// Whether something lies under a name that cannot be read as an object.
+    async fn is_blocked(&self, name: &str) -> Result<bool, StorageError> {
+        if self.folder.is_none() {
+            return Ok(false);
+        }
+        let below = name.to_owned();
+        self.in_folder("read", name, move |root| Ok(root.join(below).symlink_metadata().is_ok())).await
     }
 
     /// Removes what was just put into a place that is not this store, and the folders that the put made for it.

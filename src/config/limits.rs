@@ -13,7 +13,8 @@ const KEPT_DESCRIPTORS: u64 = 128;
 #[derive(Clone, Debug, Default, Serialize, Deserialize, clap::Args)]
 #[serde(default, deny_unknown_fields)]
 pub struct LimitOptions {
-    /// Memory for requests that are still being read, over all connections [default: 128MiB].
+    /// Memory for requests that are still being read, over all connections; at least 16MiB for each of --max-pushes and 16MiB
+    /// more [default: 128MiB, or that].
     #[arg(id = "limits_request_bytes", long = "max-request-bytes", value_name = "BYTES")]
     pub request_bytes: Option<ByteCount>,
     /// Memory for messages on their way to readers, over all streams. Readers beyond it wait; who waits for longer than 30s
@@ -58,7 +59,7 @@ pub struct Limits {
 }
 
 impl LimitOptions {
-    pub(super) fn resolve(&self, problems: &mut Vec<String>) -> Limits {
+    pub(super) fn resolve(&self, max_pushes: usize, problems: &mut Vec<String>) -> Limits {
         let mut bytes = |key: &str, value: Option<ByteCount>, default: u64, least: u64| {
             let value = value.map_or(default, |bytes| bytes.0);
             if !(least..=1 << 40).contains(&value) {
@@ -66,8 +67,9 @@ impl LimitOptions {
             }
             value
         };
-        // A push reserves 16 MiB, and beside it others must find room.
-        let request_bytes = bytes("request_bytes", self.request_bytes, 128 << 20, 32 << 20);
+        // Each push reserves 16 MiB, and beside all of them others must find room.
+        let least = (max_pushes as u64).saturating_add(1) << 24;
+        let request_bytes = bytes("request_bytes", self.request_bytes, least.max(128 << 20), least);
         let message_bytes = bytes("message_bytes", self.message_bytes, 1 << 30, 1 << 20);
         let mut count = |key: &str, value: Option<usize>, default: usize| {
             let value = value.unwrap_or(default);

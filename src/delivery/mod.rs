@@ -32,7 +32,7 @@ pub use policy::{COMPETITION_FLOOR, PixelFormat, Policy, Replay, Sampling, Shard
 use sampling::{ROWS_PER_DRAW, Table, draw_rows};
 pub use subscription::{End, Message, Subscription};
 
-/// The longest that a warm start waits for one chunk: dreaming from noise is better than waiting for a storage.
+/// The longest that a warm start waits for its images: dreaming from noise is better than waiting for a storage.
 const RECALL_PATIENCE: Duration = Duration::from_secs(2);
 
 type TableKey = (Sampling, Option<Arc<BTreeSet<u32>>>);
@@ -105,8 +105,9 @@ impl Delivery {
     }
 
     /// `count` images of the log, drawn uniformly, to be optimized further. None where it has none, or where the storage
-    /// does not answer: the first error, or a read that takes longer than `RECALL_PATIENCE`, ends it.
+    /// does not answer: the first error ends it, and so does `RECALL_PATIENCE`, which is for all reads together.
     pub async fn recall(&self, count: usize) -> Option<Recalled> {
+        let end = tokio::time::Instant::now() + RECALL_PATIENCE;
         let mut random = ChaCha8Rng::seed_from_u64(rand::random());
         self.uniform.follow(&self.log).await;
         let mut recalled = Recalled { drawn_from: self.log.extent().images, ..Recalled::default() };
@@ -118,7 +119,7 @@ impl Delivery {
             }
             let drawn = self.uniform.draw(&mut random)?;
             let load = self.log.load(drawn.entry.summary.first_sequence);
-            let chunk = match tokio::time::timeout(RECALL_PATIENCE, load).await {
+            let chunk = match tokio::time::timeout_at(end, load).await {
                 Ok(Ok(chunk)) => chunk,
                 Ok(Err(ReadError::Gone | ReadError::Damaged)) => continue,
                 Ok(Err(ReadError::Storage(_))) | Err(_) => return None,

@@ -20,7 +20,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 pub struct Faults {
     /// Why the last attempt to append failed.
     append: Option<String>,
-    /// Why the store is not the one that was opened.
+    /// Why the store is not the one that was opened, or was never one that could be written.
     store: Option<String>,
 }
 
@@ -52,10 +52,10 @@ impl Log {
         match done {
             Ok(_) => {
                 if self.set_fault(|faults| &mut faults.store, None) {
-                    tracing::info!("the store is the one that was opened again");
+                    tracing::info!("the store is the one that was opened, and can be written");
                 }
             }
-            Err(error @ StorageError::Replaced { .. }) => {
+            Err(error) if matches!(error, StorageError::Replaced { .. }) || !self.storage.is_proven() => {
                 if self.set_fault(|faults| &mut faults.store, Some(error.to_string())) {
                     tracing::error!("synthesis waits: {error}");
                 }

@@ -392,8 +392,13 @@ impl Log {
             }
         };
         check_maker(&storage, &identity, &maker)?;
-        let storage = storage.guarded(IDENTITY, object);
-        storage.prove(&Object::Probe(Uuid::new_v4()).name()).await?;
+        let storage = storage.guarded(IDENTITY, object, || Object::Probe(Uuid::new_v4()).name());
+        match storage.prove().await {
+            Ok(()) => {}
+            Err(error @ StorageError::Unfit { .. }) => return Err(error.into()),
+            // One that is full or read-only can be read all the same, and is proven when it takes something again.
+            Err(error) => tracing::warn!(%error, "the store takes nothing for now"),
+        }
         tell_strays(&storage).await?;
         let contents = read(&storage, identity).await?;
         for name in &contents.strange {

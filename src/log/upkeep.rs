@@ -128,7 +128,10 @@ impl Log {
         let mut rounds = 0u64;
         loop {
             let done = tokio::select! {
-                _ = follow.tick() => self.refresh().await,
+                _ = follow.tick() => match self.refresh().await {
+                    Ok(()) => self.storage.prove().await,
+                    failed => failed,
+                },
                 _ = upkeep.tick() => {
                     rounds += 1;
                     self.tend(rounds.is_multiple_of(THOROUGH)).await

@@ -252,18 +252,14 @@ impl AsyncRead for Connection {
             self.end_patience();
         }
         // Asked first: what trickles in does not put off the end.
-        if let Some(patience) = &mut self.patience
-            && let Poll::Ready(reason) = patience.poll_end(task)
-        {
-            counter!(telemetry::CONNECTIONS_REFUSED, "port" => self.port.name(), "reason" => reason).increment(1);
-            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
-        }
+        self.poll_patience(task)?;
         Pin::new(&mut self.io).poll_read(task, buffer)
     }
 }
 
 impl AsyncWrite for Connection {
     fn poll_write(mut self: Pin<&mut Self>, task: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_patience(task)?;
         let written = Pin::new(&mut self.io).poll_write(task, bytes);
         self.answered(&written);
         written
@@ -274,6 +270,7 @@ impl AsyncWrite for Connection {
         task: &mut Context<'_>,
         pieces: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        self.poll_patience(task)?;
         let written = Pin::new(&mut self.io).poll_write_vectored(task, pieces);
         self.answered(&written);
         written
@@ -293,6 +290,18 @@ impl AsyncWrite for Connection {
 }
 
 impl Connection {
+    /// An error once the connection has been silent for too long, also where it is not read because the other side takes no
+    /// answer.
+    fn poll_patience(&mut self, task: &mut Context<'_>) -> io::Result<()> {
+        if let Some(patience) = &mut self.patience
+            && let Poll::Ready(reason) = patience.poll_end(task)
+        {
+            counter!(telemetry::CONNECTIONS_REFUSED, "port" => self.port.name(), "reason" => reason).increment(1);
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        Ok(())
+    }
+
     /// Over HTTP/1 an answer is followed by the wait for the next request.
     fn answered(&mut self, written: &Poll<io::Result<usize>>) {
         if let (Port::Admin, Poll::Ready(Ok(_))) = (self.port, written) {

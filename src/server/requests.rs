@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use http_body::Frame;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Sleep;
 use tonic::body::Body;
 use tonic::codegen::{BoxFuture, Service};
 use tonic::server::NamedService;
@@ -114,7 +115,9 @@ where
             Err(status) => return Box::pin(std::future::ready(refuse(status))),
         };
         let (head, body) = request.into_parts();
-        let body = Body::new(Limited { body, left: limit.most, begun: false, limit, _held: held });
+        let patience = limit.is_timed.then_some(self.requests.call_timeout);
+        let patience = patience.map(|patience| (patience, Box::pin(tokio::time::sleep(patience))));
+        let body = Body::new(Limited { body, left: limit.most, begun: false, limit, patience, _held: held });
         let (call, answer) = (Call::begun(), self.inner.call(http::Request::from_parts(head, body)));
         let answer =
             async move { answer.await.map(|answer| answer.map(|body| Body::new(Answer { body, _call: call }))) };
@@ -186,6 +189,8 @@ struct Limited {
     /// Whether its first bytes were seen.
     begun: bool,
     limit: &'static Limit,
+    /// How long nothing may come, and until when; None where the method looks after that itself.
+    patience: Option<(Duration, Pin<Box<Sleep>>)>,
     _held: OwnedSemaphorePermit,
 }
 
@@ -205,7 +210,22 @@ impl http_body::Body for Limited {
     type Error = Status;
 
     fn poll_frame(mut self: Pin<&mut Self>, task: &mut Task<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        let frame = ready!(Pin::new(&mut self.body).poll_frame(task));
+        let this = &mut *self;
+        let frame = match (Pin::new(&mut this.body).poll_frame(task), &mut this.patience) {
+            (Poll::Ready(frame), Some((patience, end))) => {
+                end.as_mut().reset(tokio::time::Instant::now() + *patience);
+                frame
+            }
+            (Poll::Ready(frame), None) => frame,
+            (Poll::Pending, Some((_, end))) => {
+                // A call of many messages, too, holds room only while it has something to say.
+                ready!(end.as_mut().poll(task));
+                refused("late");
+                let message = "nothing came for longer than a call may take (its setting limits.call_timeout)";
+                return Poll::Ready(Some(Err(status::of(Code::DeadlineExceeded, message))));
+            }
+            (Poll::Pending, None) => return Poll::Pending,
+        };
         let Some(Ok(data)) = &frame else { return Poll::Ready(frame) };
         let data = data.data_ref().map_or(&[][..], |data| data);
         let announced = if std::mem::replace(&mut self.begun, true) { 0 } else { announced(data) };

@@ -101,6 +101,8 @@ impl Storage {
     ) -> Result<Self, StorageError> {
         let refused = |problem: String| StorageError::Location { location: location.to_owned(), problem };
         prepare(folder).map_err(refused)?;
+        // Once and for all: behind a link that is pointed elsewhere there is another store.
+        let folder = &folder.canonicalize().map_err(|e| refused(e.to_string()))?;
         let store = LocalFileSystem::new_with_prefix(folder).map_err(|e| refused(root_cause(&e)))?.with_fsync(true);
         Ok(Self::new(Arc::new(store), Path::default(), Some(folder.to_owned()), location))
     }

@@ -83,7 +83,16 @@ async fn a_request_is_as_large_as_its_method_takes() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn requests_that_do_not_end_have_so_much_room_and_no_more() {
-    let daemon = Daemon::start(&["--max-images", "64", "--max-request-bytes", "32MiB", "--call-timeout", "10min"]);
+    let daemon = Daemon::start(&[
+        "--max-images",
+        "64",
+        "--max-pushes",
+        "1",
+        "--max-request-bytes",
+        "32MiB",
+        "--call-timeout",
+        "10min",
+    ]);
     let mut calls = Vec::new();
     // 64 KiB each, over several connections.
     for _ in 0..4 {
@@ -221,6 +230,15 @@ async fn a_connection_that_asks_for_nothing_is_closed_on_both_ports() {
     assert_consecutive(&take(&mut stream, 64).await, 0);
     // The header of a request that does not end: HEADERS without END_HEADERS.
     let unfinished = [PREFACE, b"\0\0\x01\x01\0\0\0\0\x01\x83"].concat();
+    // Answers that nobody takes: many pings, and many requests in a row.
+    let pings = [PREFACE, &b"\0\0\x08\x06\0\0\0\0\0ABCDEFGH".repeat(500_000)].concat();
+    let requests = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n".repeat(20_000);
+    for (address, says) in [(&daemon.grpc, pings), (&daemon.admin, requests)] {
+        let mut socket = TcpStream::connect(address).unwrap();
+        // It fails once the daemon has closed the connection.
+        let written = socket.write_all(&says);
+        assert!(written.is_err() || is_closed(&mut socket), "{address}");
+    }
     for says in [b"".as_slice(), &PREFACE[..10], PREFACE, &unfinished] {
         assert!(is_closed(&mut silent(&daemon.grpc, says)), "{says:?}");
     }

@@ -235,6 +235,58 @@ async fn two_writers_of_one_object_are_told_apart_by_what_lies_there() {
     assert_eq!(storage.get("a/1").await.unwrap().unwrap(), "ours");
 }
 
+/// What lies under the name of the next chunk or student and is no object: a fault that is told, not a loop.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stray_with_the_next_name_is_a_fault_until_it_is_moved() {
+    for is_folder in [true, false] {
+        let mut daemon = Daemon::start(&IMAGES);
+        daemon.wait_metric("dreamfeed_log_next_sequence", 64.0);
+        let store = daemon.folder.path().join("store");
+        let strays = [Object::Chunk(64), Object::Student(1)].map(|object| store.join(object.name()));
+        for stray in &strays {
+            std::fs::create_dir_all(stray.parent().unwrap()).unwrap();
+            if is_folder { std::fs::create_dir(stray) } else { symlink("/nowhere/at/all", stray) }.unwrap();
+        }
+        daemon.restart_unready(&IMAGES);
+        wait_for_fault(&daemon, &["00000000000000000064", "is no object"]);
+        let client = daemon.client().await;
+        let refused = within(client.push_student(ARCH, student(1), 1, None)).await.unwrap_err();
+        assert_eq!(refused.code(), Some(Code::Unavailable), "{refused}");
+        assert!(refused.to_string().contains("is no object"), "{refused}");
+        for stray in &strays {
+            if is_folder { std::fs::remove_dir(stray) } else { std::fs::remove_file(stray) }.unwrap();
+        }
+        daemon.wait_ready();
+        within(client.push_student(ARCH, student(1), 1, None)).await.unwrap();
+        let read = take(&mut client.stream(Start::Earliest).await.unwrap(), 128).await;
+        assert_consecutive(&read, 0);
+    }
+}
+
+/// The link that a store was given by is read once: pointed elsewhere, it names another store.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_behind_a_link_stays_that_store() {
+    let folder = tempfile::tempdir().unwrap();
+    let (first, second, link) = (folder.path().join("a"), folder.path().join("b"), folder.path().join("link"));
+    let other = Daemon::start(&[&IMAGES[..], &["--store", second.to_str().unwrap()]].concat());
+    for seed in 1..5 {
+        within(other.client().await.push_student(ARCH, student(seed), 1, None)).await.unwrap();
+    }
+    std::fs::create_dir(&first).unwrap();
+    symlink(&first, &link).unwrap();
+    let daemon = Daemon::start(&[&IMAGES[..], &["--store", link.to_str().unwrap()]].concat());
+    daemon.wait_metric("dreamfeed_log_next_sequence", 64.0);
+    other.wait_metric("dreamfeed_log_next_sequence", 64.0);
+    let client = daemon.client().await;
+    within(client.push_student(ARCH, student(8), 1, None)).await.unwrap();
+    std::fs::remove_file(&link).unwrap();
+    symlink(&second, &link).unwrap();
+    let before = lying(&second);
+    assert_eq!(within(client.push_student(ARCH, student(9), 1, None)).await.unwrap().version, 2);
+    assert!(first.join(Object::Student(2).name()).exists());
+    assert_eq!(lying(&second), before);
+}
+
 /// A store of the default tier holds generators, and is as sound as any.
 #[test]
 fn a_generator_is_part_of_a_store_and_a_damaged_one_is_named() {

@@ -115,11 +115,16 @@ impl Daemon {
 
     /// Drains this one, and starts another on the same folder.
     pub fn restart(&mut self, arguments: &[&str]) {
+        self.restart_unready(arguments);
+        self.wait_ready();
+    }
+
+    /// As [`Self::restart`], without the wait until it is ready.
+    pub fn restart_unready(&mut self, arguments: &[&str]) {
         self.signal("TERM");
         assert!(self.wait_exit().success());
         let folder = std::mem::replace(&mut self.folder, tempfile::tempdir().unwrap());
         *self = Self::launch_in(folder, arguments);
-        self.wait_ready();
     }
 
     /// Starts one in this folder, where an earlier one may have been.
