@@ -125,6 +125,14 @@ def daemon(
             process.wait()
 
 
+@pytest.fixture(scope="module")
+def address(teacher_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A daemon that makes four batches and no more, one for all tests of a file."""
+    torch.set_num_threads(1)
+    with daemon(teacher_file, tmp_path_factory.mktemp("daemon")) as (address, _, _):
+        yield address
+
+
 @pytest.fixture
 def client(contract: Contract, teacher_file: Path, tmp_path: Path) -> Iterator[Client]:
     with daemon(teacher_file, tmp_path) as (address, process, log):

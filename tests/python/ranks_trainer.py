@@ -29,21 +29,9 @@ def main() -> None:
     stream = DreamStream(ADDRESS, start="earliest", batch_size=BATCH_SIZE)
     if KIND == "lightning":
         import lightning.pytorch as lightning
+        from lightning_module import Seeing
 
-        class Module(lightning.LightningModule):
-            def __init__(self) -> None:
-                super().__init__()
-                self.weight = torch.nn.Parameter(torch.zeros(1))
-                self.seen: list[int] = []
-
-            def training_step(self, batch: Batch, index: int) -> torch.Tensor:
-                self.seen += batch.info.sequence.tolist()
-                return (self.weight**2).sum()
-
-            def configure_optimizers(self) -> torch.optim.Optimizer:
-                return torch.optim.SGD(self.parameters(), 0.1)
-
-        module = Module()
+        module = Seeing()
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         trainer = lightning.Trainer(
             max_epochs=1,

@@ -5,26 +5,17 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import dreamfeed
 import pytest
 import torch
-from conftest import ROOT, daemon, random_network
+from conftest import ROOT, random_network
 from dreamfeed import Client, DreamStream, PushResult, StudentPusher, _fork, _reader
 from dreamfeed._channel import Endpoint
 from torch.utils.data import DataLoader
 
 SECONDS = 60
-
-
-@pytest.fixture(scope="module")
-def address(teacher_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    torch.set_num_threads(1)
-    with daemon(teacher_file, tmp_path_factory.mktemp("daemon")) as (address, _, _):
-        yield address
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:

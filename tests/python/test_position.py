@@ -1,7 +1,6 @@
 """Where a DreamStream stands: epochs, checkpoints and workers neither lose nor repeat an image in silence."""
 
 import logging
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -9,24 +8,16 @@ from typing import Any
 import dreamfeed
 import lightning.pytorch as lightning
 import pytest
-import torch
-from conftest import BATCH, daemon
+from conftest import BATCH
 from dreamfeed import Batch, DreamStream, TrainingCheckpoint
 from dreamfeed.lightning import StreamCheckpoint
+from lightning_module import Seeing
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 COUNT = 4 * BATCH
 SMALL = 8
 SECONDS = 60
-
-
-@pytest.fixture(scope="module")
-def address(teacher_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A daemon that makes COUNT images and no more."""
-    torch.set_num_threads(1)
-    with daemon(teacher_file, tmp_path_factory.mktemp("daemon")) as (address, _, _):
-        yield address
 
 
 def stream(address: str, **options: Any) -> DreamStream:
@@ -188,20 +179,7 @@ def test_other_workers_go_on_where_the_lowest_was(address: str) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("recorded", [False, True])
 def test_the_epochs_of_lightning_go_on(address: str, workers: int, recorded: bool, tmp_path: Path) -> None:
-    class Module(lightning.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.zeros(1))
-            self.seen: list[int] = []
-
-        def training_step(self, batch: Batch, index: int) -> torch.Tensor:
-            self.seen += batch.info.sequence.tolist()
-            return (self.weight**2).sum()
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), 0.1)
-
-    dataset, module = stream(address), Module()
+    dataset, module = stream(address), Seeing()
     trainer = lightning.Trainer(
         max_epochs=3,
         limit_train_batches=2,

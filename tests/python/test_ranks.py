@@ -3,24 +3,17 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from conftest import BATCH, ROOT, daemon
+from conftest import BATCH, ROOT
 from dreamfeed import DreamStream
 
 RANKS = 2
 BATCH_SIZE = 8
 STEPS = 4 * BATCH // BATCH_SIZE // RANKS
 SECONDS = 120
-
-
-@pytest.fixture(scope="module")
-def address(teacher_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with daemon(teacher_file, tmp_path_factory.mktemp("daemon")) as (address, _, _):
-        yield address
 
 
 def run(kind: str, address: str, folder: Path) -> subprocess.CompletedProcess[str]:

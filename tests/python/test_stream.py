@@ -24,14 +24,6 @@ SMALL = 12
 SECONDS = 60
 
 
-@pytest.fixture(scope="module")
-def address(teacher_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A daemon that makes COUNT images and no more."""
-    torch.set_num_threads(1)
-    with daemon(teacher_file, tmp_path_factory.mktemp("daemon")) as (address, _, _):
-        yield address
-
-
 def stream(address: str, **options: object) -> DreamStream:
     return DreamStream(address, **({"start": "earliest", "batch_size": SMALL} | options))
 
